@@ -1,0 +1,104 @@
+/* worker_spi--1.0.sql */
+
+-- complain if script is sourced in psql, rather than via CREATE EXTENSION
+\echo Use "CREATE EXTENSION worker_spi" to load this file. \quit
+
+CREATE FUNCTION worker_spi_launch(
+    index pg_catalog.int4,
+    dboid pg_catalog.oid DEFAULT 0,
+    roleoid pg_catalog.oid DEFAULT 0,
+    flags pg_catalog.text[] DEFAULT '{}',
+    interruptible pg_catalog.bool DEFAULT false)
+RETURNS pg_catalog.int4
+AS 'MODULE_PATHNAME'
+LANGUAGE C STRICT VOLATILE PARALLEL UNSAFE;
+
+COMMENT ON FUNCTION worker_spi_launch(pg_catalog.int4, pg_catalog.oid,
+    pg_catalog.oid, pg_catalog.text[], pg_catalog.bool)
+IS 'start a worker on schema<index>.counted and return its pid';
+
+CREATE FUNCTION worker_spi_fold(
+    index pg_catalog.int4,
+    dboid pg_catalog.oid DEFAULT 0,
+    wait pg_catalog.bool DEFAULT true)
+RETURNS pg_catalog.bool
+AS 'MODULE_PATHNAME'
+LANGUAGE C STRICT VOLATILE PARALLEL UNSAFE;
+
+COMMENT ON FUNCTION worker_spi_fold(pg_catalog.int4, pg_catalog.oid,
+    pg_catalog.bool)
+IS 'make a worker fold now, and wait until all committed deltas are folded';
+
+CREATE FUNCTION worker_spi_stop(
+    index pg_catalog.int4,
+    dboid pg_catalog.oid DEFAULT 0)
+RETURNS pg_catalog.bool
+AS 'MODULE_PATHNAME'
+LANGUAGE C STRICT VOLATILE PARALLEL UNSAFE;
+
+COMMENT ON FUNCTION worker_spi_stop(pg_catalog.int4, pg_catalog.oid)
+IS 'end a worker, and wait until its process has exited';
+
+CREATE FUNCTION worker_spi_wake()
+RETURNS trigger
+AS 'MODULE_PATHNAME'
+LANGUAGE C VOLATILE PARALLEL UNSAFE;
+
+COMMENT ON FUNCTION worker_spi_wake()
+IS 'for an AFTER INSERT trigger: wake the worker of the table at commit';
+
+-- Reads shared memory only, so any process may.  The names are the view's.
+CREATE FUNCTION worker_spi_get_workers(
+    OUT index pg_catalog.int4,
+    OUT kind pg_catalog.text,
+    OUT datid pg_catalog.oid,
+    OUT rolid pg_catalog.oid,
+    OUT pid pg_catalog.int4,
+    OUT state pg_catalog.text,
+    OUT worker_start pg_catalog.timestamptz,
+    OUT fold_count pg_catalog.int8,
+    OUT folded_rows pg_catalog.int8,
+    OUT last_fold_time pg_catalog.timestamptz,
+    OUT last_fold_ms pg_catalog.float8,
+    OUT failed_count pg_catalog.int8,
+    OUT last_failed_time pg_catalog.timestamptz,
+    OUT last_error pg_catalog.text,
+    OUT last_sqlstate pg_catalog.text,
+    OUT next_fold_time pg_catalog.timestamptz,
+    OUT restart_count pg_catalog.int8)
+RETURNS SETOF pg_catalog.record
+AS 'MODULE_PATHNAME'
+LANGUAGE C STRICT VOLATILE PARALLEL SAFE;
+
+COMMENT ON FUNCTION worker_spi_get_workers()
+IS 'rows of the view worker_spi_workers, with OIDs instead of names';
+
+CREATE VIEW worker_spi_workers AS
+    SELECT w.index, w.kind, d.datname, r.rolname, w.pid, w.state,
+           w.worker_start, w.fold_count, w.folded_rows, w.last_fold_time,
+           w.last_fold_ms, w.failed_count, w.last_failed_time, w.last_error,
+           w.last_sqlstate, w.next_fold_time, w.restart_count
+    FROM worker_spi_get_workers() AS w
+    LEFT JOIN pg_catalog.pg_database AS d
+        ON d.oid OPERATOR(pg_catalog.=) w.datid
+    LEFT JOIN pg_catalog.pg_roles AS r
+        ON r.oid OPERATOR(pg_catalog.=) w.rolid;
+
+COMMENT ON VIEW worker_spi_workers
+IS 'one row for each registered worker, with what it did last';
+
+-- A worker holds a slot of the whole server and acts for its role, so who may
+-- have one is for the administrator to say.
+REVOKE ALL ON FUNCTION worker_spi_launch(pg_catalog.int4, pg_catalog.oid,
+    pg_catalog.oid, pg_catalog.text[], pg_catalog.bool) FROM PUBLIC;
+REVOKE ALL ON FUNCTION worker_spi_fold(pg_catalog.int4, pg_catalog.oid,
+    pg_catalog.bool) FROM PUBLIC;
+REVOKE ALL ON FUNCTION worker_spi_stop(pg_catalog.int4, pg_catalog.oid)
+    FROM PUBLIC;
+REVOKE ALL ON FUNCTION worker_spi_wake() FROM PUBLIC;
+REVOKE ALL ON FUNCTION worker_spi_get_workers() FROM PUBLIC;
+REVOKE ALL ON worker_spi_workers FROM PUBLIC;
+
+-- The view shows error messages of other roles' tables.
+GRANT EXECUTE ON FUNCTION worker_spi_get_workers() TO pg_read_all_stats;
+GRANT SELECT ON worker_spi_workers TO pg_read_all_stats;
