@@ -87,6 +87,14 @@ typedef struct SavedIdentity
 	int			guc_nestlevel;
 } SavedIdentity;
 
+/* How a cycle ended. */
+typedef enum CycleOutcome
+{
+	CYCLE_OK,
+	CYCLE_RETRY,				/* lost against another transaction */
+	CYCLE_FAILED
+} CycleOutcome;
+
 /* What one cycle did. */
 typedef struct CycleResult
 {
@@ -123,7 +131,7 @@ static char fatal_error[ERROR_TEXT_SIZE];
 static void attach_slot(int slotno);
 static void detach_slot(int code, Datum arg);
 static void nap(TimestampTz cycle_end, int backoff_ms);
-static bool run_cycle(int *sqlstate);
+static CycleOutcome run_cycle(bool may_retry);
 static void fold(CycleResult *result);
 
 /* -------------------------------------------------------------------------
@@ -313,38 +321,37 @@ worker_spi_main(Datum main_arg)
 
 	for (;;)
 	{
-		int			sqlstate = 0;
 		int			backoff_ms = 0;
 
 		MemoryContextReset(cycle_context);
 		MemoryContextSwitchTo(cycle_context);
 
-		if (run_cycle(&sqlstate))
-			failures = retries = 0;
-		else if (!ready && MySlot->launcher)
+		switch (run_cycle(retries < MAX_IMMEDIATE_RETRIES))
 		{
-			/* Whoever launched us gets the error, and there is no worker. */
-			proc_exit(1);
-		}
-		else if ((sqlstate == ERRCODE_T_R_SERIALIZATION_FAILURE ||
-				  sqlstate == ERRCODE_T_R_DEADLOCK_DETECTED) &&
-				 retries++ < MAX_IMMEDIATE_RETRIES)
-		{
-			/* Somebody else won; by now it is our turn. */
-			continue;
-		}
-		else
-		{
-			/*
-			 * Double the delay each time, less some jitter, lest workers that
-			 * failed together try again together.
-			 */
-			backoff_ms = Min(MIN_BACKOFF_MS << Min(failures, 6),
-							 MAX_BACKOFF_MS);
-			backoff_ms -= backoff_ms / 8 *
-				pg_prng_double(&pg_global_prng_state);
-			failures++;
-			retries = 0;
+			case CYCLE_OK:
+				failures = retries = 0;
+				break;
+
+			case CYCLE_RETRY:
+				retries++;
+				continue;		/* somebody else won; by now it is our turn */
+
+			case CYCLE_FAILED:
+				/* Whoever launched us gets the error, and no worker. */
+				if (!ready && MySlot->launcher)
+					proc_exit(1);
+
+				/*
+				 * Double the delay each time, less some jitter, lest workers
+				 * that failed together try again together.
+				 */
+				backoff_ms = Min(MIN_BACKOFF_MS << Min(failures, 6),
+								 MAX_BACKOFF_MS);
+				backoff_ms -= backoff_ms / 8 *
+					pg_prng_double(&pg_global_prng_state);
+				failures++;
+				retries = 0;
+				break;
 		}
 
 		nap(GetCurrentTimestamp(), backoff_ms);
@@ -489,22 +496,25 @@ database_is_wanted(void)
 	return false;
 }
 
-/* Leave the database to a command that wants it, if we are one that does. */
+/* Are we one that leaves its database to such a command? */
+static bool
+gives_way(void)
+{
+	return Me.is_static || Me.interruptible;
+}
+
+/*
+ * Leave.  A static worker is started again after its restart interval, and
+ * then waits in the connection for the command to end.
+ */
 static void
 give_way(void)
 {
-	if (!(Me.is_static || Me.interruptible) || !database_is_wanted())
-		return;
-
 	ereport(LOG,
 			(errmsg("%s gives way to a command on its database",
 					MyBgworkerEntry->bgw_name),
 			 errhidecontext(true)));
 
-	/*
-	 * A static worker is started again after its restart interval, and then
-	 * waits in the connection for the command to end.
-	 */
 	leaving_for_good = Me.interruptible;
 	proc_exit(Me.interruptible ? 0 : 1);
 }
@@ -573,8 +583,9 @@ nap(TimestampTz cycle_end, int backoff_ms)
 		if (fold_now || now >= next)
 			break;
 
-		timeout = Min(TimestampDifferenceMilliseconds(now, next),
-					  DATABASE_PROBE_MS);
+		timeout = TimestampDifferenceMilliseconds(now, next);
+		if (gives_way())
+			timeout = Min(timeout, DATABASE_PROBE_MS);
 
 		/*
 		 * WL_EXIT_ON_PM_DEATH: without it, a worker outlives the postmaster
@@ -590,7 +601,8 @@ nap(TimestampTz cycle_end, int backoff_ms)
 
 		if (ConfigReloadPending)
 			reload_settings();
-		give_way();
+		if (gives_way() && database_is_wanted())
+			give_way();
 	}
 
 	QueryCancelPending = false;
@@ -610,21 +622,49 @@ cycle_error_context(void *arg)
 }
 
 /*
+ * Note the error that ended a cycle, and report it if it is news: one report
+ * when it appears, not one each time it is met again, and none if it is our
+ * own way of being told to stop.
+ */
+static void
+report_failure(const ErrorData *edata)
+{
+	const char *message = edata->message ? edata->message : "";
+	bool		stopping;
+
+	lock_slots(LW_EXCLUSIVE);
+	note_error(edata->sqlerrcode, message);
+	stopping = MySlot->stop;
+	unlock_slots();
+
+	if (stopping ||
+		(edata->sqlerrcode == logged_sqlstate &&
+		 strncmp(message, logged_error, ERROR_TEXT_SIZE - 1) == 0))
+		return;
+
+	EmitErrorReport();
+	fatal_sqlstate = 0;			/* this one we survive */
+	logged_sqlstate = edata->sqlerrcode;
+	strlcpy(logged_error, message, sizeof(logged_error));
+}
+
+/*
  * Adopt the table if this process has not yet, and fold what it has.
  *
- * Returns false if that failed, with the SQLSTATE in *sqlstate: the
- * transaction is rolled back, the error reported and noted, and the worker as
- * fit as before.
+ * Whatever goes wrong, the transaction is rolled back and the worker is as fit
+ * as before.  If it lost against another transaction, and may_retry, that is
+ * all; otherwise the error is reported and noted, and those who wait for the
+ * cycle get it.
  */
-static bool
-run_cycle(int *sqlstate)
+static CycleOutcome
+run_cycle(bool may_retry)
 {
 	MemoryContext caller_context = CurrentMemoryContext;
 	TimestampTz start = GetCurrentTimestamp();
 	CycleResult result = {0};
 	ErrorContextCallback errcallback;
 	uint64		serving;
-	volatile bool failed = false;
+	volatile CycleOutcome outcome = CYCLE_OK;
 
 	lock_slots(LW_EXCLUSIVE);
 	if (ready)
@@ -647,32 +687,21 @@ run_cycle(int *sqlstate)
 	PG_CATCH();
 	{
 		ErrorData  *edata;
-		bool		stopping;
 
 		/* A cancel or SIGTERM that comes now must wait until we are done. */
 		HOLD_INTERRUPTS();
-		failed = true;
 
 		MemoryContextSwitchTo(caller_context);
 		edata = CopyErrorData();
-		*sqlstate = edata->sqlerrcode;
-
-		/*
-		 * One report when an error appears, not one each time it is met
-		 * again, and none if worker_spi_stop() has cancelled us.
-		 */
-		lock_slots(LW_SHARED);
-		stopping = MySlot->stop;
-		unlock_slots();
-		if (!stopping &&
-			(edata->sqlerrcode != logged_sqlstate ||
-			 strncmp(edata->message, logged_error, ERROR_TEXT_SIZE - 1) != 0))
+		if (may_retry &&
+			(edata->sqlerrcode == ERRCODE_T_R_SERIALIZATION_FAILURE ||
+			 edata->sqlerrcode == ERRCODE_T_R_DEADLOCK_DETECTED))
+			outcome = CYCLE_RETRY;
+		else
 		{
-			EmitErrorReport();
-			logged_sqlstate = edata->sqlerrcode;
-			strlcpy(logged_error, edata->message, sizeof(logged_error));
+			outcome = CYCLE_FAILED;
+			report_failure(edata);
 		}
-		fatal_sqlstate = 0;		/* this one we survive */
 
 		/*
 		 * Rolls back, and puts back the user, the settings, the snapshots,
@@ -680,12 +709,8 @@ run_cycle(int *sqlstate)
 		 */
 		AbortCurrentTransaction();
 		FlushErrorState();
-		debug_query_string = NULL;
-
-		lock_slots(LW_EXCLUSIVE);
-		note_error(edata->sqlerrcode, edata->message);
-		unlock_slots();
 		FreeErrorData(edata);
+		debug_query_string = NULL;
 
 		RESUME_INTERRUPTS();
 	}
@@ -698,14 +723,17 @@ run_cycle(int *sqlstate)
 	/* Without this, autovacuum would not see what the cycle has written. */
 	pgstat_report_stat(true);
 
-	if (!failed && logged_sqlstate != 0)
+	if (outcome == CYCLE_RETRY)
+		return outcome;
+
+	if (outcome == CYCLE_OK && logged_sqlstate != 0)
 	{
 		ereport(LOG,
 				(errmsg("%s folds %s again", MyBgworkerEntry->bgw_name,
 						my_table)));
 		logged_sqlstate = 0;
 	}
-	if (!failed && result.rows > 0 && worker_spi_log_folds)
+	if (outcome == CYCLE_OK && result.rows > 0 && worker_spi_log_folds)
 	{
 		if (Table.has_keys)
 			ereport(LOG,
@@ -721,21 +749,18 @@ run_cycle(int *sqlstate)
 
 	lock_slots(LW_EXCLUSIVE);
 	MySlot->fold_done = serving;
-	if (!failed)
-	{
+	if (outcome == CYCLE_OK)
 		MySlot->fold_ok = serving;
-		if (result.rows > 0)
-		{
-			MySlot->fold_count++;
-			MySlot->last_fold_time = GetCurrentTimestamp();
-			MySlot->last_fold_ms =
-				(MySlot->last_fold_time - start) / 1000.0;
-		}
+	if (outcome == CYCLE_OK && result.rows > 0)
+	{
+		MySlot->fold_count++;
+		MySlot->last_fold_time = GetCurrentTimestamp();
+		MySlot->last_fold_ms = (MySlot->last_fold_time - start) / 1000.0;
 	}
 	unlock_slots();
 	ConditionVariableBroadcast(&MySlot->changed);
 
-	return !failed;
+	return outcome;
 }
 
 /*
@@ -1351,7 +1376,7 @@ fold(CycleResult *result)
 
 		/* Between two transactions nothing of ours is in anybody's way. */
 		CHECK_FOR_INTERRUPTS();
-		if (!done)
+		if (!done && gives_way() && database_is_wanted())
 			give_way();
 	}
 }

@@ -534,6 +534,14 @@ resolve_database(Oid dboid, bool missing_ok)
 	return dboid;
 }
 
+/* The role of a static worker that is not connected, as far as it exists. */
+static Oid
+static_role(void)
+{
+	return worker_spi_role[0] != '\0' ?
+		get_role_oid(worker_spi_role, true) : BOOTSTRAP_SUPERUSERID;
+}
+
 /* The role that the caller of worker_spi_launch() means by roleoid. */
 static Oid
 resolve_role(Oid roleoid)
@@ -851,12 +859,14 @@ find_and_lock_worker(FunctionCallInfo fcinfo)
 {
 	int			index = PG_GETARG_INT32(0);
 	Oid			static_dboid;
+	Oid			static_roleoid;
 	Oid			dboid;
 	WorkerSlot *slot;
 
 	check_index(index);
 	require_shared_memory();
 	static_dboid = resolve_database(InvalidOid, true);
+	static_roleoid = static_role();
 	dboid = OidIsValid(PG_GETARG_OID(1)) ?
 		resolve_database(PG_GETARG_OID(1), false) : static_dboid;
 
@@ -872,8 +882,7 @@ find_and_lock_worker(FunctionCallInfo fcinfo)
 			LWLockRelease(Shared->lock);
 			return NULL;
 		}
-		roleoid = OidIsValid(slot->roleoid) ?
-			slot->roleoid : BOOTSTRAP_SUPERUSERID;
+		roleoid = OidIsValid(slot->roleoid) ? slot->roleoid : static_roleoid;
 		generation = slot->generation;
 		LWLockRelease(Shared->lock);
 
@@ -909,8 +918,11 @@ worker_spi_fold(PG_FUNCTION_ARGS)
 	int64		starts;
 	bool		gone;
 	bool		served = false;
+	static uint32 wait_event = 0;
 
 	check_nargs(fcinfo, 3);
+	if (wait_event == 0)
+		wait_event = define_wait_event("WorkerSpiFold");
 	require_no_recovery();
 	slot = find_and_lock_worker(fcinfo);
 	if (!slot)
@@ -942,7 +954,7 @@ worker_spi_fold(PG_FUNCTION_ARGS)
 
 		if (served || failed || gone)
 			break;
-		ConditionVariableSleep(&slot->changed, WAIT_EVENT_BGWORKER_SHUTDOWN);
+		ConditionVariableSleep(&slot->changed, wait_event);
 	}
 	ConditionVariableCancelSleep();
 
@@ -1178,8 +1190,7 @@ worker_spi_get_workers(PG_FUNCTION_ARGS)
 	require_shared_memory();
 	InitMaterializedSRF(fcinfo, 0);
 	static_dboid = resolve_database(InvalidOid, true);
-	static_roleoid = worker_spi_role[0] != '\0' ?
-		get_role_oid(worker_spi_role, true) : BOOTSTRAP_SUPERUSERID;
+	static_roleoid = static_role();
 
 	for (int i = 0; i < Shared->nslots; i++)
 	{

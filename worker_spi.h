@@ -189,6 +189,6 @@ extern void free_slot(WorkerSlot *slot);
 
 extern WorkerSlot *MySlot;		/* NULL in other processes */
 
-extern PGDLLEXPORT void worker_spi_main(Datum main_arg) pg_attribute_noreturn();
+extern PGDLLEXPORT void worker_spi_main(Datum main_arg);
 
 #endif							/* WORKER_SPI_H */
