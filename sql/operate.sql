@@ -1,0 +1,225 @@
+--
+-- Operating workers: fold, stop, the view, and tables that are refused at the
+-- launch.  All of this needs worker_spi in shared_preload_libraries; the first
+-- statements show what happens without.
+--
+CREATE EXTENSION worker_spi;
+
+SELECT oid AS dboid FROM pg_database WHERE datname = current_database() \gset
+
+CREATE FUNCTION try(statement text) RETURNS text LANGUAGE plpgsql AS $$
+DECLARE
+    message text;
+    detail text;
+    hint text;
+    result text;
+BEGIN
+    EXECUTE statement INTO result;
+    RETURN coalesce(result, 'NULL');
+EXCEPTION WHEN OTHERS THEN
+    GET STACKED DIAGNOSTICS message = MESSAGE_TEXT,
+        detail = PG_EXCEPTION_DETAIL, hint = PG_EXCEPTION_HINT;
+    RETURN SQLSTATE || ' ' || message
+        || CASE WHEN detail <> '' THEN E'\nDETAIL: ' || detail ELSE '' END
+        || CASE WHEN hint <> '' THEN E'\nHINT: ' || hint ELSE '' END;
+END
+$$;
+
+SELECT try(format('SELECT worker_spi_fold(4201, %s)', :dboid));
+SELECT try(format('SELECT worker_spi_fold(4201, %s, false)', :dboid));
+SELECT try(format('SELECT worker_spi_stop(4201, %s)', :dboid));
+SELECT try('SELECT count(*) FROM worker_spi_workers WHERE index = 4201');
+
+SELECT name, vartype, unit, min_val, max_val, boot_val, context, short_desc
+FROM pg_settings
+WHERE name IN ('worker_spi.total_workers', 'worker_spi.restart_interval')
+ORDER BY name COLLATE "C";
+
+SELECT current_setting('worker_spi.total_workers', true) IS NULL AS not_preloaded \gset
+\if :not_preloaded
+DROP FUNCTION try;
+DROP EXTENSION worker_spi;
+\quit
+\endif
+
+SELECT try('SELECT worker_spi_fold(4201, 4294967295)');
+SELECT try('SELECT worker_spi_stop(4201, 4294967295)');
+
+-- A launch returns when the table is there.
+SELECT worker_spi_launch(4201, :dboid, 10) AS pid \gset
+INSERT INTO schema4201.counted VALUES ('delta', 1), ('delta', 2), ('delta', 3);
+SELECT worker_spi_fold(4201, :dboid);
+SELECT * FROM schema4201.counted;
+INSERT INTO schema4201.counted VALUES ('delta', 10);
+SELECT worker_spi_fold(4201, :dboid, wait => true);
+SELECT worker_spi_fold(4201, :dboid);
+SELECT * FROM schema4201.counted;
+
+\pset null NULL
+\x on
+SELECT index, kind, datname = current_database() AS here,
+       rolname = (SELECT rolname FROM pg_roles WHERE oid = 10) AS superuser,
+       pid = :pid AS same_pid, state, worker_start < now() AS started,
+       fold_count, folded_rows, last_fold_time BETWEEN worker_start AND now()
+       AS folded, last_fold_ms > 0 AS took_time, failed_count, last_failed_time,
+       last_error, last_sqlstate, next_fold_time > now() AS has_next,
+       restart_count
+FROM worker_spi_workers WHERE index = 4201;
+\x off
+
+-- What is not committed is not folded.
+BEGIN;
+INSERT INTO schema4201.counted VALUES ('delta', 100);
+SELECT worker_spi_fold(4201, :dboid);
+SELECT * FROM schema4201.counted ORDER BY value;
+ROLLBACK;
+
+-- An error in a cycle is the caller's; the deltas stay, and are folded when it
+-- can be done.
+INSERT INTO schema4201.counted VALUES ('delta', 9223372036854775807);
+SELECT try(format('SELECT worker_spi_fold(4201, %s)', :dboid));
+SELECT * FROM schema4201.counted ORDER BY value;
+SELECT state, failed_count > 0 AS failed, last_error, last_sqlstate
+FROM worker_spi_workers WHERE index = 4201;
+INSERT INTO schema4201.counted VALUES ('delta', -17);
+SELECT worker_spi_fold(4201, :dboid);
+SELECT * FROM schema4201.counted;
+SELECT state, fold_count, last_error, last_sqlstate
+FROM worker_spi_workers WHERE index = 4201;
+
+-- A commit wakes the worker.
+TRUNCATE schema4201.counted;
+CREATE TRIGGER wake AFTER INSERT ON schema4201.counted
+    FOR EACH STATEMENT EXECUTE FUNCTION worker_spi_wake();
+INSERT INTO schema4201.counted VALUES ('delta', 1), ('delta', 2);
+DO $$
+DECLARE
+    deadline timestamptz := clock_timestamp() + interval '2 minutes';
+BEGIN
+    WHILE EXISTS (SELECT FROM schema4201.counted WHERE type = 'delta') LOOP
+        IF clock_timestamp() > deadline THEN
+            RAISE EXCEPTION 'not folded';
+        END IF;
+        COMMIT;
+    END LOOP;
+END
+$$;
+SELECT * FROM schema4201.counted;
+
+-- Who may: members of the worker's role that have EXECUTE.
+CREATE ROLE regress_worker_spi_member LOGIN;
+CREATE ROLE regress_worker_spi_stranger LOGIN;
+CREATE ROLE regress_worker_spi_owner LOGIN;
+GRANT regress_worker_spi_owner TO regress_worker_spi_member;
+GRANT EXECUTE ON FUNCTION worker_spi_launch, worker_spi_fold, worker_spi_stop
+    TO regress_worker_spi_member, regress_worker_spi_stranger;
+CREATE SCHEMA schema4202 AUTHORIZATION regress_worker_spi_owner;
+SELECT 'regress_worker_spi_owner'::regrole::oid AS owner \gset
+SET ROLE regress_worker_spi_stranger;
+SELECT try(format('SELECT worker_spi_launch(4202, %s, %s)', :dboid, :owner));
+SET ROLE regress_worker_spi_member;
+SELECT worker_spi_launch(4202, :dboid, :owner) IS NOT NULL AS launched;
+SELECT worker_spi_fold(4202, :dboid);
+SELECT try('SELECT count(*) FROM worker_spi_workers');
+SET ROLE regress_worker_spi_stranger;
+SELECT try(format('SELECT worker_spi_fold(4202, %s)', :dboid));
+SELECT try(format('SELECT worker_spi_fold(4202, %s, false)', :dboid));
+SELECT try(format('SELECT worker_spi_stop(4202, %s)', :dboid));
+SELECT try(format('SELECT worker_spi_stop(4201, %s)', :dboid)) LIKE '42501 %' AS refused;
+RESET ROLE;
+GRANT pg_read_all_stats TO regress_worker_spi_stranger;
+SET ROLE regress_worker_spi_stranger;
+SELECT index, kind, rolname, state FROM worker_spi_workers
+WHERE index IN (4201, 4202) AND rolname LIKE 'regress_%';
+SET ROLE regress_worker_spi_member;
+SELECT worker_spi_stop(4202, :dboid);
+SELECT worker_spi_stop(4202, :dboid);
+SELECT worker_spi_fold(4202, :dboid);
+RESET ROLE;
+
+-- A stopped worker is gone, and its index free.
+SELECT worker_spi_stop(4201, :dboid);
+SELECT worker_spi_stop(4201, :dboid);
+SELECT worker_spi_fold(4201, :dboid);
+SELECT worker_spi_fold(4201, :dboid, false);
+SELECT count(*) FROM pg_stat_activity WHERE pid = :pid;
+SELECT worker_spi_launch(4201, :dboid, 10) <> :pid AS "another process";
+SELECT fold_count, restart_count FROM worker_spi_workers WHERE index = 4201;
+SELECT worker_spi_stop(4201, :dboid);
+
+-- Tables that cannot be folded: the launch says why, and leaves no worker.
+CREATE PROCEDURE refuse(definition text) LANGUAGE plpgsql AS $$
+BEGIN
+    DROP SCHEMA IF EXISTS schema4203 CASCADE;
+    CREATE SCHEMA schema4203;
+    EXECUTE definition;
+    COMMIT;
+    RAISE NOTICE '%', try('SELECT worker_spi_launch(4203, oid, 10)'
+        ' FROM pg_database WHERE datname = current_database()');
+END
+$$;
+CREATE SCHEMA schema4203;
+CALL refuse('CREATE VIEW schema4203.counted AS SELECT text ''delta'' AS type, 1::bigint AS value');
+CALL refuse('CREATE MATERIALIZED VIEW schema4203.counted AS SELECT text ''delta'' AS type, 1::bigint AS value');
+CALL refuse('CREATE TABLE schema4203.counted (type text, value bigint) PARTITION BY LIST (type)');
+CALL refuse('CREATE SEQUENCE schema4203.counted');
+CALL refuse('CREATE TABLE schema4203.counted (type varchar, value bigint)');
+CALL refuse('CREATE TABLE schema4203.counted (type text, value numeric)');
+CALL refuse('CREATE TABLE schema4203.counted (type text, value smallint)');
+CALL refuse('CREATE TABLE schema4203.counted (type text, "Value" bigint)');
+CALL refuse('CREATE TABLE schema4203.counted (value bigint)');
+CALL refuse('CREATE TABLE schema4203.counted ()');
+CALL refuse('CREATE TABLE schema4203.counted (type text, n bigint, value bigint GENERATED ALWAYS AS (n) STORED)');
+CALL refuse('CREATE TABLE schema4203.counted (type text, value bigint);
+    CREATE RULE keep AS ON DELETE TO schema4203.counted DO INSTEAD NOTHING');
+-- indexes that contradict the keys
+CALL refuse('CREATE TABLE schema4203.counted (type text, value bigint, page text);
+    CREATE UNIQUE INDEX "Old Totals" ON schema4203.counted (type) WHERE type = ''total''');
+CALL refuse('CREATE TABLE schema4203.counted (type text, value bigint, page text);
+    CREATE UNIQUE INDEX ON schema4203.counted (page) WHERE type = ''total''');
+CALL refuse('CREATE TABLE schema4203.counted (type text, value bigint, a int, b int);
+    CREATE UNIQUE INDEX ON schema4203.counted (a) NULLS NOT DISTINCT WHERE type = ''total''');
+CALL refuse('CREATE TABLE schema4203.counted (type text, value bigint, a text);
+    CREATE UNIQUE INDEX ON schema4203.counted (lower(a)) NULLS NOT DISTINCT WHERE type = ''total''');
+CALL refuse('CREATE TABLE schema4203.counted (type text, value bigint);
+    CREATE UNIQUE INDEX ON schema4203.counted (value) WHERE type = ''total''');
+-- keys that cannot be compared
+CALL refuse('CREATE TABLE schema4203.counted (type text, value bigint, doc json)');
+-- two totals where there can be only one
+CALL refuse('CREATE TABLE schema4203.counted (type text, value bigint);
+    INSERT INTO schema4203.counted VALUES (''total'', 1), (''total'', 2)');
+SELECT count(*) FROM worker_spi_workers WHERE index = 4203;
+SELECT count(*) FROM pg_stat_activity
+WHERE application_name = 'worker_spi dynamic worker 4203';
+
+-- A column that is added while a worker runs is refused as well, until the
+-- index is dropped; then it is a key.
+SET client_min_messages = warning;
+DROP SCHEMA schema4203 CASCADE;
+RESET client_min_messages;
+SELECT worker_spi_launch(4203, :dboid, 10) IS NOT NULL AS launched;
+INSERT INTO schema4203.counted VALUES ('delta', 5);
+SELECT worker_spi_fold(4203, :dboid);
+ALTER TABLE schema4203.counted ADD page text;
+INSERT INTO schema4203.counted VALUES ('delta', 1, 'a'), ('delta', 2, NULL), ('delta', 3, 'a');
+SELECT try(format('SELECT worker_spi_fold(4203, %s)', :dboid));
+DROP INDEX schema4203.counted_type_idx;
+SELECT worker_spi_fold(4203, :dboid);
+SELECT * FROM schema4203.counted ORDER BY page;
+-- and when it is dropped again, it would have to be the same again
+ALTER TABLE schema4203.counted DROP page;
+INSERT INTO schema4203.counted VALUES ('delta', 10);
+SELECT try(format('SELECT worker_spi_fold(4203, %s)', :dboid));
+UPDATE schema4203.counted SET type = 'delta' WHERE value = 4;
+SELECT worker_spi_fold(4203, :dboid);
+SELECT * FROM schema4203.counted;
+SELECT worker_spi_stop(4203, :dboid);
+
+SELECT count(*) FROM worker_spi_workers WHERE index BETWEEN 4201 AND 4203;
+SET client_min_messages = warning;
+DROP SCHEMA schema4201, schema4202, schema4203 CASCADE;
+DROP EXTENSION worker_spi;
+DROP FUNCTION try;
+DROP PROCEDURE refuse;
+DROP ROLE regress_worker_spi_member, regress_worker_spi_stranger,
+    regress_worker_spi_owner;
