@@ -740,23 +740,34 @@ wait_until_ready(Launch *launch, const LOCKTAG *tag)
 	}
 }
 
-/* Copy an error out of a slot into our own memory. */
+/* A text from a worker, whose database may have another encoding than ours. */
 static char *
-copy_error(const WorkerSlot *slot, int *sqlstate)
+readable_text(char *text)
 {
-	char	   *message = palloc(ERROR_TEXT_SIZE);
-
-	LWLockAcquire(Shared->lock, LW_SHARED);
-	*sqlstate = slot->last_sqlstate;
-	memcpy(message, slot->last_error, ERROR_TEXT_SIZE);
-	LWLockRelease(Shared->lock);
-
-	/* The worker's database may have another encoding than ours. */
-	if (!pg_verifymbstr(message, strlen(message), true))
-		for (char *p = message; *p; p++)
+	if (!pg_verifymbstr(text, strlen(text), true))
+		for (char *p = text; *p; p++)
 			if (IS_HIGHBIT_SET(*p))
 				*p = '?';
-	return message;
+	return text;
+}
+
+/* Raise the last error of a worker as the caller's own, if there was one. */
+static void
+raise_worker_error(WorkerSlot *slot, int index)
+{
+	WorkerError error;
+
+	LWLockAcquire(Shared->lock, LW_SHARED);
+	error = slot->last_error;
+	LWLockRelease(Shared->lock);
+
+	if (error.sqlstate != 0)
+		ereport(ERROR,
+				(errcode(error.sqlstate),
+				 errmsg_internal("%s", readable_text(error.message)),
+				 error.detail[0] ? errdetail_internal("%s", readable_text(error.detail)) : 0,
+				 error.hint[0] ? errhint("%s", readable_text(error.hint)) : 0,
+				 errcontext("worker_spi worker %d", index)));
 }
 
 /*
@@ -826,16 +837,8 @@ worker_spi_launch(PG_FUNCTION_ARGS)
 		pid = wait_until_ready(&launch, &tag);
 		if (pid == 0)
 		{
-			int			sqlstate = 0;
-			char	   *message = NULL;
-
 			if (launch.slot)
-				message = copy_error(launch.slot, &sqlstate);
-			if (sqlstate != 0)
-				ereport(ERROR,
-						(errcode(sqlstate),
-						 errmsg_internal("%s", message),
-						 errcontext("%s", worker.bgw_name)));
+				raise_worker_error(launch.slot, params.index);
 			ereport(ERROR,
 					(errcode(ERRCODE_INSUFFICIENT_RESOURCES),
 					 errmsg("could not start %s", worker.bgw_name),
@@ -958,24 +961,15 @@ worker_spi_fold(PG_FUNCTION_ARGS)
 	}
 	ConditionVariableCancelSleep();
 
+	if (!served && !gone)
+		raise_worker_error(slot, PG_GETARG_INT32(0));
 	if (!served)
-	{
-		int			sqlstate;
-		char	   *message = copy_error(slot, &sqlstate);
-
-		if (gone)
-			ereport(ERROR,
-					(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-					 errmsg("worker with index %d is not running",
-							PG_GETARG_INT32(0)),
-					 sqlstate ? errdetail("Its last error was: %s", message) : 0,
-					 errhint("If it was not stopped, the server starts it again within %d seconds.",
-							 worker_spi_restart_interval)));
 		ereport(ERROR,
-				(errcode(sqlstate),
-				 errmsg_internal("%s", message),
-				 errcontext("worker_spi worker %d", PG_GETARG_INT32(0))));
-	}
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("worker with index %d is not running",
+						PG_GETARG_INT32(0)),
+				 errhint("Unless it was stopped, the server starts it again within %d seconds; worker_spi_workers shows its last error.",
+						 worker_spi_restart_interval)));
 	PG_RETURN_BOOL(true);
 }
 
@@ -1197,7 +1191,6 @@ worker_spi_get_workers(PG_FUNCTION_ARGS)
 		WorkerSlot	slot;
 		Datum		values[WORKERS_COLUMNS];
 		bool		nulls[WORKERS_COLUMNS] = {0};
-		int			sqlstate;
 		int			n = 0;
 
 		LWLockAcquire(Shared->lock, LW_SHARED);
@@ -1227,9 +1220,9 @@ worker_spi_get_workers(PG_FUNCTION_ARGS)
 		values[n++] = Int64GetDatum(slot.failed_count);
 		values[n] = time_or_null(slot.last_failed_time, &nulls[n]);
 		n++;
-		nulls[n] = nulls[n + 1] = slot.last_sqlstate == 0;
-		values[n++] = CStringGetTextDatum(copy_error(&slot, &sqlstate));
-		values[n++] = CStringGetTextDatum(unpack_sql_state(sqlstate));
+		nulls[n] = nulls[n + 1] = slot.last_error.sqlstate == 0;
+		values[n++] = CStringGetTextDatum(readable_text(slot.last_error.message));
+		values[n++] = CStringGetTextDatum(unpack_sql_state(slot.last_error.sqlstate));
 		values[n] = time_or_null(slot.next_fold_time, &nulls[n]);
 		n++;
 		values[n++] = Int64GetDatum(Max(slot.starts - 1, 0));

@@ -65,7 +65,7 @@ typedef slist_iter registered_iter;
  * -------------------------------------------------------------------------
  */
 
-#define ERROR_TEXT_SIZE		512
+#define ERROR_TEXT_SIZE		256
 
 /*
  * What a worker must know to start.  It travels in bgw_extra, so that the
@@ -110,6 +110,15 @@ typedef enum WorkerState
 	WORKER_BACKOFF				/* the last cycle failed; napping */
 } WorkerState;
 
+/* What a worker says of an error to processes that want to pass it on. */
+typedef struct WorkerError
+{
+	int			sqlstate;		/* 0 if there was no error */
+	char		message[ERROR_TEXT_SIZE];
+	char		detail[ERROR_TEXT_SIZE];	/* empty if there is none */
+	char		hint[ERROR_TEXT_SIZE];	/* the same */
+} WorkerError;
+
 /*
  * One for each registered worker.  It outlives the worker's processes, and
  * with it the counters; the generation tells a process whether the slot is
@@ -141,8 +150,7 @@ typedef struct WorkerSlot
 	double		last_fold_ms;	/* how long it took */
 	int64		failed_count;	/* cycles that failed, and errors at exit */
 	TimestampTz last_failed_time;
-	int			last_sqlstate;	/* 0 if there was no error yet */
-	char		last_error[ERROR_TEXT_SIZE];
+	WorkerError last_error;
 	TimestampTz next_fold_time; /* 0 if not known */
 
 	/* these two outlast the registration: somebody may still look at them */

@@ -87,10 +87,11 @@ SELECT * FROM schema4201.counted;
 SELECT state, fold_count, last_error, last_sqlstate
 FROM worker_spi_workers WHERE index = 4201;
 
--- A commit wakes the worker.
+-- A commit wakes the worker before its nap is over.
 TRUNCATE schema4201.counted;
 CREATE TRIGGER wake AFTER INSERT ON schema4201.counted
     FOR EACH STATEMENT EXECUTE FUNCTION worker_spi_wake();
+SELECT next_fold_time AS due FROM worker_spi_workers WHERE index = 4201 \gset
 INSERT INTO schema4201.counted VALUES ('delta', 1), ('delta', 2);
 DO $$
 DECLARE
@@ -105,6 +106,8 @@ BEGIN
 END
 $$;
 SELECT * FROM schema4201.counted;
+SELECT worker_spi_fold(4201, :dboid);
+SELECT last_fold_time < :'due' AS woken FROM worker_spi_workers WHERE index = 4201;
 
 -- Who may: members of the worker's role that have EXECUTE.
 CREATE ROLE regress_worker_spi_member LOGIN;
@@ -154,11 +157,11 @@ BEGIN
     CREATE SCHEMA schema4203;
     EXECUTE definition;
     COMMIT;
-    RAISE NOTICE '%', try('SELECT worker_spi_launch(4203, oid, 10)'
+    RAISE INFO '%', try('SELECT worker_spi_launch(4203, oid, 10)'
         ' FROM pg_database WHERE datname = current_database()');
 END
 $$;
-CREATE SCHEMA schema4203;
+SET client_min_messages = warning;
 CALL refuse('CREATE VIEW schema4203.counted AS SELECT text ''delta'' AS type, 1::bigint AS value');
 CALL refuse('CREATE MATERIALIZED VIEW schema4203.counted AS SELECT text ''delta'' AS type, 1::bigint AS value');
 CALL refuse('CREATE TABLE schema4203.counted (type text, value bigint) PARTITION BY LIST (type)');
@@ -194,9 +197,7 @@ WHERE application_name = 'worker_spi dynamic worker 4203';
 
 -- A column that is added while a worker runs is refused as well, until the
 -- index is dropped; then it is a key.
-SET client_min_messages = warning;
 DROP SCHEMA schema4203 CASCADE;
-RESET client_min_messages;
 SELECT worker_spi_launch(4203, :dboid, 10) IS NOT NULL AS launched;
 INSERT INTO schema4203.counted VALUES ('delta', 5);
 SELECT worker_spi_fold(4203, :dboid);
@@ -216,7 +217,6 @@ SELECT * FROM schema4203.counted;
 SELECT worker_spi_stop(4203, :dboid);
 
 SELECT count(*) FROM worker_spi_workers WHERE index BETWEEN 4201 AND 4203;
-SET client_min_messages = warning;
 DROP SCHEMA schema4201, schema4202, schema4203 CASCADE;
 DROP EXTENSION worker_spi;
 DROP FUNCTION try;

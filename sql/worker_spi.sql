@@ -13,7 +13,7 @@ FROM pg_depend
 WHERE refclassid = 'pg_extension'::regclass
   AND refobjid = (SELECT oid FROM pg_extension WHERE extname = 'worker_spi')
   AND deptype = 'e' AND classid IN ('pg_proc'::regclass, 'pg_class'::regclass)
-ORDER BY object COLLATE "C";
+ORDER BY pg_describe_object(classid, objid, 0) COLLATE "C";
 
 SELECT proname, pg_get_function_arguments(oid) AS arguments,
        pg_get_function_result(oid) AS result, proisstrict, provolatile,
@@ -140,6 +140,7 @@ CREATE TABLE schema04001.counted (type text, value bigint);
 CREATE TRIGGER wake AFTER INSERT ON schema04001.counted
     FOR EACH STATEMENT EXECUTE FUNCTION worker_spi_wake();
 SELECT try('INSERT INTO schema04001.counted VALUES (''delta'', 1)');
+SET client_min_messages = warning;
 DROP SCHEMA schema04001 CASCADE;
 
 -- A role has what it was granted: at first, nothing.

@@ -1,0 +1,230 @@
+# shellcheck shell=bash
+#
+# What the commands in dev/ and .ci/ have in common, to be sourced after
+# "set -euo pipefail".  All that they need comes from Debian's packages; what
+# is installed already is left as it is.
+
+export LC_ALL=C.UTF-8
+
+top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+# The folders of other Debian releases, see make_root.
+cache=${WORKER_SPI_CACHE:-/var/tmp/worker_spi}
+
+if [ "$(id -u)" = 0 ]; then
+	sudo=()
+	as_user=(runuser -u postgres --)	# a server does not run as root
+else
+	sudo=(sudo)
+	as_user=()
+fi
+
+say()
+{
+	printf -- '-- %s\n' "$*"
+}
+
+die()
+{
+	printf '%s: %s\n' "${0##*/}" "$*" >&2
+	exit 1
+}
+
+usage_error()
+{
+	printf '%s: %s\nTry "%s --help".\n' "${0##*/}" "$*" "$0" >&2
+	exit 2
+}
+
+# Run a command, and show what it printed only if it failed.
+quietly()
+{
+	local log rc=0
+
+	log=$(mktemp)
+	"$@" </dev/null >"$log" 2>&1 || rc=$?
+	[ "$rc" = 0 ] || cat "$log" >&2
+	rm -f "$log"
+	return "$rc"
+}
+
+# Install what is missing of these packages.  The package lists are fetched
+# only if those that are there will not do.
+install_packages()
+{
+	local missing=() package apt
+
+	for package; do
+		[ "$(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null)" = installed ] ||
+			missing+=("$package")
+	done
+	[ "${#missing[@]}" -gt 0 ] || return 0
+
+	say "installing ${missing[*]}"
+	apt=("${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get
+		-y -o DPkg::Lock::Timeout=600)
+	"${apt[@]}" install --no-install-recommends "${missing[@]}" \
+		</dev/null >/dev/null 2>&1 && return
+	quietly "${apt[@]}" update || return
+	quietly "${apt[@]}" install --no-install-recommends "${missing[@]}"
+}
+
+# -------------------------------------------------------------------------
+# Servers
+# -------------------------------------------------------------------------
+
+# The Debian release that has server $1.
+release_with_server()
+{
+	case $1 in
+		15) echo bookworm ;;
+		17) echo trixie ;;
+		18) echo testing ;;
+		*) return 1 ;;
+	esac
+}
+
+# The server that the Debian release we run on has.
+own_server()
+{
+	local codename
+
+	# shellcheck source=/dev/null
+	codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
+	case $codename in
+		bookworm) echo 15 ;;
+		trixie) echo 17 ;;
+		forky) echo 18 ;;
+		*) die "this needs Debian 12 or later; anywhere else: make && make install" ;;
+	esac
+}
+
+# Install what building and running takes, and set $bindir and $make.
+install_server()
+{
+	local version
+
+	version=$(own_server)
+	install_packages make gcc libc6-dev libipc-run-perl \
+		"postgresql-$version" "postgresql-server-dev-$version"
+	bindir=/usr/lib/postgresql/$version/bin
+
+	# Bitcode for JIT would double the time, and serve nobody here.
+	make=(make -s "PG_CONFIG=$bindir/pg_config" with_llvm=no)
+}
+
+# Copy the tree, without what was built in it, to folder $1.
+copy_tree()
+{
+	mkdir -p "$1"
+	tar -C "$top" --exclude=./.git --exclude='*.o' --exclude='*.bc' \
+		--exclude='*.so' --exclude=./tmp_check --exclude=./results \
+		-cf - . | tar -C "$1" --no-same-owner -xf -
+}
+
+# Make a temporary folder $work that belongs to the user who runs the server,
+# and in it build and install a copy of the tree.
+build_and_install()
+{
+	work=$(mktemp -d /tmp/worker_spi.XXXXXX)
+	copy_tree "$work/src"
+	[ "${#sudo[@]}" -gt 0 ] || chown -R postgres: "$work"
+
+	cd "$work/src"
+	export HOME=$work		# nobody's psqlrc or proverc
+	quietly "${as_user[@]}" "${make[@]}" "COPT=${COPT:-}"
+	quietly "${sudo[@]}" "${make[@]}" install
+}
+
+# Start a server in $work/$1 with the settings $2.  It listens on a socket in
+# $work alone; the superuser is postgres, whoever runs it.
+start_server()
+{
+	local data=$work/$1/data
+
+	"${as_user[@]}" mkdir "$work/$1"
+	quietly "${as_user[@]}" "$bindir/initdb" -D "$data" -U postgres -A trust \
+		--no-sync
+	"${as_user[@]}" tee -a "$data/postgresql.conf" >/dev/null <<-EOC
+		listen_addresses = ''
+		unix_socket_directories = '$work'
+		fsync = off
+		$2
+	EOC
+	quietly "${as_user[@]}" "$bindir/pg_ctl" -D "$data" -l "$work/$1/log" \
+		-w start || { cat "$work/$1/log" >&2; return 1; }
+	export PGHOST=$work PGPORT=5432 PGUSER=postgres PGDATABASE=postgres
+}
+
+stop_server()
+{
+	[ ! -e "$work/$1/data/postmaster.pid" ] ||
+		quietly "${as_user[@]}" "$bindir/pg_ctl" -D "$work/$1/data" -m fast \
+			-w stop
+}
+
+# -------------------------------------------------------------------------
+# Folders with other Debian releases, for servers that this one does not have
+# -------------------------------------------------------------------------
+
+# Run a command as root in folder $1, with what a server takes of /proc and
+# /dev.  The mounts, and all processes, end with the command.
+in_folder()
+{
+	local folder=$1
+	local env=(env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root
+		LC_ALL=C.UTF-8 "WORKER_SPI_FOLDER=$folder" "COPT=${COPT:-}"
+		"PROVE_FLAGS=${PROVE_FLAGS:-}" "http_proxy=${http_proxy:-}"
+		"https_proxy=${https_proxy:-}")
+	shift
+
+	cp -L /etc/resolv.conf "$folder/etc/"
+	if unshare --mount true 2>/dev/null; then
+		# shellcheck disable=SC2016	# expanded by the inner shell
+		unshare --mount --pid --fork --kill-child bash -ec '
+			mount -t proc proc "$0/proc"
+			mount --rbind /dev "$0/dev"
+			mount -t tmpfs tmpfs "$0/dev/shm"
+			exec chroot "$0" "$@"' "$folder" "${env[@]}" "$@"
+	else
+		# Not permitted to mount: good enough for most.
+		chroot "$folder" "${env[@]}" "$@"
+	fi
+}
+
+# Set $root to the folder of the Debian release that has server $1, and lock
+# it; make it first if need be.  It gets its name only when it is complete.
+make_root()
+{
+	local version=$1
+	local release mirror new
+
+	release=$(release_with_server "$version") ||
+		die "no Debian release is known for server $version"
+	[ "$(id -u)" = 0 ] || die "other releases need root"
+
+	root=$cache/$release
+	mkdir -p "$cache"
+	exec 9>"$root.lock"
+	flock 9
+	[ ! -d "$root" ] || return 0
+
+	install_packages debootstrap
+	say "making $root"
+	mirror=$(apt-get indextargets --format '$(SITE)' \
+		'Created-By: Packages' 'Origin: Debian' 'Label: Debian' | sed 1q)
+	new=$(mktemp -d "$root.XXXXXX")
+	chmod 755 "$new"
+
+	# debootstrap mounts, too.  Its script for trixie does for testing, which
+	# older versions of debootstrap do not know well enough.
+	if ! {
+		in_namespace debootstrap --variant=minbase --include=ca-certificates \
+			"$release" "$new" "$mirror" \
+			"$([ "$release" != testing ] || echo /usr/share/debootstrap/scripts/trixie)"
+	}; then
+		rm -rf "$new"
+		die "could not make $root"
+	fi
+	mv "$new" "$root"
+}
