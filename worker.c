@@ -744,7 +744,6 @@ run_cycle(bool may_retry)
 		AbortCurrentTransaction();
 		FlushErrorState();
 		FreeErrorData(edata);
-		debug_query_string = NULL;
 
 		RESUME_INTERRUPTS();
 	}
@@ -821,21 +820,13 @@ act_as_self(const SavedIdentity *saved)
 	SetUserIdAndSecContext(saved->userid, saved->sec_context);
 }
 
-/* Show a statement in pg_stat_activity, and in the log if it fails. */
-static void
-show_statement(const char *sql)
-{
-	debug_query_string = sql;
-	pgstat_report_activity(STATE_RUNNING, sql);
-}
-
-/* Run a utility command through SPI. */
+/* Run a utility command through SPI, and show it in pg_stat_activity. */
 static void
 run_command(const char *sql)
 {
 	int			rc;
 
-	show_statement(sql);
+	pgstat_report_activity(STATE_RUNNING, sql);
 	PushActiveSnapshot(GetTransactionSnapshot());
 	rc = SPI_execute(sql, false, 0);
 	if (rc != SPI_OK_UTILITY)
@@ -1245,7 +1236,7 @@ run_statement(FoldStatement which, BlockNumber from, BlockNumber to,
 		params->params[i].ptype = TIDOID;
 	}
 
-	show_statement(Table.sql[which]);
+	pgstat_report_activity(STATE_RUNNING, Table.sql[which]);
 	rc = SPI_execute_plan_extended(Table.plan[which], &options);
 	if (rc != expected)
 		elog(ERROR, "SPI_execute_plan_extended failed: %s",
@@ -1401,7 +1392,6 @@ fold(CycleResult *result)
 
 		SPI_finish();
 		CommitTransactionCommand();
-		debug_query_string = NULL;
 
 		if (rel && !ready)
 			report_ready();
