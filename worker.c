@@ -964,7 +964,8 @@ has_total_index(Relation rel, Form_pg_attribute type, Bitmapset *key_set,
 		Relation	index = index_open(lfirst_oid(lc), AccessShareLock);
 		Form_pg_index form = index->rd_index;
 
-		if (form->indisunique &&
+		/* One that is not valid may be a twin that REINDEX is building. */
+		if (form->indisunique && form->indisvalid &&
 			equal(RelationGetIndexPredicate(index), list_make1(is_total)))
 		{
 			Bitmapset  *index_set = NULL;
@@ -973,7 +974,7 @@ has_total_index(Relation rel, Form_pg_attribute type, Bitmapset *key_set,
 				index_set = bms_add_member(index_set,
 										   form->indkey.values[i]);
 
-			if (!form->indisvalid || !form->indimmediate ||
+			if (!form->indimmediate ||
 				bms_is_member(0, index_set) ||	/* an expression */
 				!bms_equal(index_set, key_set) ||
 				(has_keys && !form->indnullsnotdistinct))
@@ -1047,9 +1048,10 @@ build_statements(const char *keys, const char *aliases, const char *value_type)
 	const char *keys_comma = keys ? psprintf("%s, ", keys) : "";
 	const char *aliases_comma = keys ? psprintf("%s, ", aliases) : "";
 
-	/* In the order of the index, its pages are met once each: 30% faster. */
-	const char *group_by = keys ?
-		psprintf(" GROUP BY %s ORDER BY %s", keys, keys) : "";
+	const char *group_by = keys ? psprintf(" GROUP BY %s", keys) : "";
+
+	/* In the order of the index, each of its pages is met once: 30% less. */
+	const char *order_by = keys ? psprintf(" ORDER BY %s", aliases) : "";
 
 	Table.sql[FOLD_PROBE] =
 		psprintf("SELECT ctid FROM ONLY %s WHERE %s LIMIT 1",
@@ -1062,7 +1064,7 @@ build_statements(const char *keys, const char *aliases, const char *value_type)
 				 " FROM ONLY %s WHERE %s AND ctid OPERATOR(pg_catalog.<) $2%s"
 				 "), totals AS ("
 				 "INSERT INTO %s AS total (%stype, value)"
-				 " SELECT %s'total', deltas.value FROM deltas"
+				 " SELECT %s'total', deltas.value FROM deltas%s"
 				 " ON CONFLICT (%s)"
 				 " WHERE type OPERATOR(pg_catalog.=) 'total'::pg_catalog.text"
 				 " DO UPDATE SET value ="
@@ -1075,7 +1077,8 @@ build_statements(const char *keys, const char *aliases, const char *value_type)
 				 " (SELECT CAST(pg_catalog.max(value) AS pg_catalog.int8) FROM totals)",
 				 aliases_comma, keys_comma, value_type,
 				 my_table, range, group_by,
-				 my_table, keys_comma, aliases_comma, keys ? keys : "type");
+				 my_table, keys_comma, aliases_comma, order_by,
+				 keys ? keys : "type");
 
 	Table.sql[FOLD_DELETE] =
 		psprintf("DELETE FROM ONLY %s WHERE %s"

@@ -1130,8 +1130,8 @@ worker_spi_wake(PG_FUNCTION_ARGS)
 						trigdata->tg_trigger->tgname),
 				 errhint("A worker with index N folds the table \"schemaN.counted\".")));
 
-	/* The worker fires it too, when it inserts a total. */
-	if (!Shared || MySlot)
+	/* A worker that inserts a total fires it too, and need not wake itself. */
+	if (!Shared || (MySlot && MySlot->params.index == index))
 		return PointerGetDatum(NULL);
 
 	if (!registered)

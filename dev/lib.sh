@@ -167,64 +167,87 @@ stop_server()
 # Folders with other Debian releases, for servers that this one does not have
 # -------------------------------------------------------------------------
 
-# Run a command as root in folder $1, with what a server takes of /proc and
-# /dev.  The mounts, and all processes, end with the command.
-in_folder()
+# Run a command where it may mount what it likes: the mounts, and all processes
+# that it leaves behind, end with it.
+in_namespace()
 {
-	local folder=$1
-	local env=(env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root
-		LC_ALL=C.UTF-8 "WORKER_SPI_FOLDER=$folder" "COPT=${COPT:-}"
-		"PROVE_FLAGS=${PROVE_FLAGS:-}" "http_proxy=${http_proxy:-}"
-		"https_proxy=${https_proxy:-}")
-	shift
-
-	cp -L /etc/resolv.conf "$folder/etc/"
 	if unshare --mount true 2>/dev/null; then
-		# shellcheck disable=SC2016	# expanded by the inner shell
-		unshare --mount --pid --fork --kill-child bash -ec '
-			mount -t proc proc "$0/proc"
-			mount --rbind /dev "$0/dev"
-			mount -t tmpfs tmpfs "$0/dev/shm"
-			exec chroot "$0" "$@"' "$folder" "${env[@]}" "$@"
+		unshare --mount --pid --fork --kill-child "$@"
 	else
-		# Not permitted to mount: good enough for most.
-		chroot "$folder" "${env[@]}" "$@"
+		"$@"
 	fi
 }
 
-# Set $root to the folder of the Debian release that has server $1, and lock
-# it; make it first if need be.  It gets its name only when it is complete.
-make_root()
+# Run a command as root in folder $1, in the copy of the tree there.
+in_folder()
 {
-	local version=$1
-	local release mirror new
+	local folder=$1
 
-	release=$(release_with_server "$version") ||
-		die "no Debian release is known for server $version"
-	[ "$(id -u)" = 0 ] || die "other releases need root"
+	shift
+	cp -L /etc/resolv.conf "$folder/etc/"
+	# What cannot be mounted is done without: the server has other means.
+	# shellcheck disable=SC2016	# expanded by the inner shell
+	in_namespace bash -c '
+		mount -t proc proc "$0/proc"
+		mount --rbind /dev "$0/dev" && mount -t tmpfs tmpfs "$0/dev/shm"
+		exec 2>&3 3>&- chroot "$0" "$@"' "$folder" \
+		env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root \
+		LC_ALL=C.UTF-8 "WORKER_SPI_FOLDER=$folder" \
+		"COPT=${COPT:-}" "PROVE_FLAGS=${PROVE_FLAGS:-}" \
+		"http_proxy=${http_proxy:-}" "https_proxy=${https_proxy:-}" \
+		bash -c 'cd /src && exec "$@"' bash "$@" \
+		3>&2 2>/dev/null 9>&-
+}
 
-	root=$cache/$release
+# Set $folder to that of the Debian release with server $1, lock it, and copy
+# the tree into it.  If there is no such folder, make it; it gets its name when
+# it is complete.
+enter_folder()
+{
+	local release mirror new rc=0
+
+	release=$(release_with_server "$1") ||
+		die "no Debian release is known for server $1"
+	folder=$cache/$release
 	mkdir -p "$cache"
-	exec 9>"$root.lock"
+	exec 9>"$folder.lock"
 	flock 9
-	[ ! -d "$root" ] || return 0
 
-	install_packages debootstrap
-	say "making $root"
-	mirror=$(apt-get indextargets --format '$(SITE)' \
-		'Created-By: Packages' 'Origin: Debian' 'Label: Debian' | sed 1q)
-	new=$(mktemp -d "$root.XXXXXX")
-	chmod 755 "$new"
-
-	# debootstrap mounts, too.  Its script for trixie does for testing, which
-	# older versions of debootstrap do not know well enough.
-	if ! {
-		in_namespace debootstrap --variant=minbase --include=ca-certificates \
-			"$release" "$new" "$mirror" \
-			"$([ "$release" != testing ] || echo /usr/share/debootstrap/scripts/trixie)"
-	}; then
-		rm -rf "$new"
-		die "could not make $root"
+	if [ ! -d "$folder" ]; then
+		install_packages debootstrap
+		say "making $folder"
+		mirror=$(apt-get indextargets --format '$(SITE)' \
+			'Created-By: Packages' 'Origin: Debian' 'Label: Debian' |
+			sed -n 1p)
+		new=$(mktemp -d "$folder.XXXXXX")
+		make_folder "$release" "$new" "$mirror" || rc=$?
+		if [ "$rc" != 0 ]; then
+			rm -rf "$new"
+			die "could not make $folder"
+		fi
+		mv "$new" "$folder"
 	fi
-	mv "$new" "$root"
+	rm -rf "$folder/src"
+	copy_tree "$folder/src"
+}
+
+make_folder()
+{
+	local release=$1 new=$2 mirror=$3
+
+	chmod 755 "$new"
+	# The script of trixie serves newer releases too.
+	quietly in_namespace debootstrap --variant=minbase \
+		--include=ca-certificates "$release" "$new" "$mirror" trixie ||
+		return
+
+	# A mirror may stand still, and no server but those of tests is wanted.
+	echo 'Acquire::Check-Valid-Until "false";' \
+		>"$new/etc/apt/apt.conf.d/worker_spi"
+	mkdir -p "$new/etc/postgresql-common/createcluster.d"
+	echo 'create_main_cluster = false' \
+		>"$new/etc/postgresql-common/createcluster.d/worker_spi.conf"
+
+	copy_tree "$new/src"
+	in_folder "$new" bash -euc '. dev/lib.sh; install_server'
 }
