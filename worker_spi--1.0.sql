@@ -86,6 +86,40 @@ CREATE VIEW worker_spi_workers AS
 
 COMMENT ON VIEW worker_spi_workers
 IS 'one row for each registered worker, with what it did last';
+COMMENT ON COLUMN worker_spi_workers.index
+IS 'N of the table schemaN.counted';
+COMMENT ON COLUMN worker_spi_workers.kind
+IS 'static or dynamic';
+COMMENT ON COLUMN worker_spi_workers.datname
+IS 'database the worker is connected to';
+COMMENT ON COLUMN worker_spi_workers.rolname
+IS 'role the worker is connected as';
+COMMENT ON COLUMN worker_spi_workers.pid
+IS 'process id; null while the worker waits to be started';
+COMMENT ON COLUMN worker_spi_workers.state
+IS 'starting, idle, folding or backoff';
+COMMENT ON COLUMN worker_spi_workers.worker_start
+IS 'start of the current or last process';
+COMMENT ON COLUMN worker_spi_workers.fold_count
+IS 'cycles that folded something';
+COMMENT ON COLUMN worker_spi_workers.folded_rows
+IS 'delta rows folded';
+COMMENT ON COLUMN worker_spi_workers.last_fold_time
+IS 'end of the last cycle that folded something';
+COMMENT ON COLUMN worker_spi_workers.last_fold_ms
+IS 'how long that cycle took, in milliseconds';
+COMMENT ON COLUMN worker_spi_workers.failed_count
+IS 'failed cycles, and errors that ended the process';
+COMMENT ON COLUMN worker_spi_workers.last_failed_time
+IS 'time of the last error';
+COMMENT ON COLUMN worker_spi_workers.last_error
+IS 'message of the last error';
+COMMENT ON COLUMN worker_spi_workers.last_sqlstate
+IS 'SQLSTATE of the last error';
+COMMENT ON COLUMN worker_spi_workers.next_fold_time
+IS 'when the next cycle is due';
+COMMENT ON COLUMN worker_spi_workers.restart_count
+IS 'processes started after the first';
 
 -- A worker holds a slot of the whole server and acts for its role, so who may
 -- have one is for the administrator to say.
