@@ -208,6 +208,17 @@ connect_to_database(void)
 												  Me.roleoid == BOOTSTRAP_SUPERUSERID ? InvalidOid : Me.roleoid,
 												  Me.connflags);
 	}
+
+	/*
+	 * The owner of a database may ALTER DATABASE ... SET role, and so choose
+	 * whom the worker connects as.  Choose again.
+	 */
+	StartTransactionCommand();
+	SetConfigOption("session_authorization",
+					GetUserNameFromId(GetAuthenticatedUserId(), false),
+					PGC_SUSET, PGC_S_OVERRIDE);
+	SetConfigOption("role", "none", PGC_SUSET, PGC_S_OVERRIDE);
+	CommitTransactionCommand();
 }
 
 /*
@@ -228,6 +239,8 @@ pin_settings(void)
 		{"synchronous_commit", "off"},
 		/* longer than deadlock_timeout's default, short of a hang */
 		{"lock_timeout", "2s"},
+		/* it would end the process, not the cycle; new in 17 */
+		{"transaction_timeout", "0"},
 		/* neither pays for itself in statements as short as these */
 		{"jit", "off"},
 		{"max_parallel_workers_per_gather", "0"},
@@ -239,8 +252,11 @@ pin_settings(void)
 	};
 
 	for (int i = 0; i < lengthof(pinned); i++)
-		SetConfigOption(pinned[i][0], pinned[i][1],
-						PGC_SUSET, PGC_S_OVERRIDE);
+	{
+		if (GetConfigOption(pinned[i][0], true, false) != NULL)
+			SetConfigOption(pinned[i][0], pinned[i][1],
+							PGC_SUSET, PGC_S_OVERRIDE);
+	}
 	SetConfigOption("application_name", MyBgworkerEntry->bgw_name,
 					PGC_USERSET, PGC_S_SESSION);
 }
@@ -1205,7 +1221,12 @@ open_table(SavedIdentity *saved)
 	act_as(rel->rd_rel->relowner, saved);
 	if (!Table.valid || Table.relid != relid)
 	{
-		char	   *create_index = describe_table(rel);
+		char	   *create_index;
+
+		/* To look at an index is to run functions in its predicate. */
+		PushActiveSnapshot(GetTransactionSnapshot());
+		create_index = describe_table(rel);
+		PopActiveSnapshot();
 
 		if (create_index)
 		{

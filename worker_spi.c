@@ -1099,7 +1099,7 @@ forget_wakes_at_rollback(SubXactEvent event, SubTransactionId mySubid,
  * worker N fold soon after the current transaction commits.  Does nothing if
  * there is no such worker then.
  *
- * Errors: 39P01 if not called by a trigger on such a table.
+ * Errors: 39P01 if not called by such a trigger on such a table.
  */
 Datum
 worker_spi_wake(PG_FUNCTION_ARGS)
@@ -1117,6 +1117,14 @@ worker_spi_wake(PG_FUNCTION_ARGS)
 		ereport(ERROR,
 				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
 				 errmsg("function \"%s\" was not called by trigger manager",
+						"worker_spi_wake")));
+
+	/* As a BEFORE trigger it would return no row, and so throw it away. */
+	if (!TRIGGER_FIRED_AFTER(trigdata->tg_event) ||
+		!TRIGGER_FIRED_BY_INSERT(trigdata->tg_event))
+		ereport(ERROR,
+				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
+				 errmsg("function \"%s\" must be fired AFTER INSERT",
 						"worker_spi_wake")));
 
 	schema = get_namespace_name(RelationGetNamespace(trigdata->tg_relation));
