@@ -36,6 +36,7 @@
 #include "storage/bufmgr.h"
 #include "storage/ipc.h"
 #include "storage/lmgr.h"
+#include "storage/pmsignal.h"
 #include "storage/proc.h"
 #include "tcop/tcopprot.h"
 #include "utils/builtins.h"
@@ -390,8 +391,8 @@ worker_spi_main(Datum main_arg)
 				 */
 				backoff_ms = Min(MIN_BACKOFF_MS << Min(failures, 6),
 								 MAX_BACKOFF_MS);
-				backoff_ms -= backoff_ms / 8 *
-					pg_prng_double(&pg_global_prng_state);
+				backoff_ms -= (int) (backoff_ms / 8.0 *
+									 pg_prng_double(&pg_global_prng_state));
 				failures++;
 				retries = 0;
 				break;
@@ -869,8 +870,11 @@ create_index_command(const char *key_columns)
  * Make the schema, as ourselves, and the table, as the schema's owner, if they
  * are missing.
  *
- * The table is a queue: as many rows die as are inserted.  The default of
- * autovacuum, a fifth of the table, would let it grow with each burst.
+ * The table is a queue: as many rows die as are inserted.  With the defaults
+ * of autovacuum it would grow with each burst, and with each fifth of it that
+ * is not yet dead.  Measured over 60 cycles of 100,000 deltas, its size stays
+ * on a plateau, but for vacuums that try to truncate it: they wait seconds for
+ * a lock that writers do not let them have.
  */
 static void
 make_table(void)
@@ -903,7 +907,8 @@ make_table(void)
 						 " value pg_catalog.int8 NOT NULL)"
 						 " WITH (autovacuum_vacuum_scale_factor = 0,"
 						 " autovacuum_vacuum_threshold = 10000,"
-						 " autovacuum_vacuum_cost_delay = 0)",
+						 " autovacuum_vacuum_cost_delay = 0,"
+						 " vacuum_truncate = off)",
 						 my_table));
 	run_command(create_index_command(NULL));
 	act_as_self(&saved);
@@ -1427,8 +1432,13 @@ fold(CycleResult *result)
 			unlock_slots();
 		}
 
-		/* Between two transactions nothing of ours is in anybody's way. */
+		/*
+		 * Between two transactions nothing of ours is in anybody's way.  A
+		 * long cycle must not go on without a postmaster either.
+		 */
 		CHECK_FOR_INTERRUPTS();
+		if (!PostmasterIsAlive())
+			proc_exit(1);
 		if (!done && gives_way() && database_is_wanted())
 			give_way();
 	}

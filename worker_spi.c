@@ -690,6 +690,7 @@ undo_launch(int code, Datum arg)
 	}
 	if (launch->slot)
 	{
+		Assert(Shared);
 		LWLockAcquire(Shared->lock, LW_EXCLUSIVE);
 		if (launch->slot->generation == launch->generation)
 			free_slot(launch->slot);
@@ -714,6 +715,7 @@ wait_until_ready(Launch *launch, const LOCKTAG *tag)
 
 		if (launch->slot)
 		{
+			Assert(Shared);
 			LWLockAcquire(Shared->lock, LW_EXCLUSIVE);
 			is_ready = launch->slot->state != WORKER_STARTING;
 			if (is_ready)
@@ -837,6 +839,11 @@ worker_spi_launch(PG_FUNCTION_ARGS)
 		pid = wait_until_ready(&launch, &tag);
 		if (pid == 0)
 		{
+			if (launch.slot && launch.slot->stop)
+				ereport(ERROR,
+						(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+						 errmsg("worker with index %d was stopped before it was ready",
+								params.index)));
 			if (launch.slot)
 				raise_worker_error(launch.slot, params.index);
 			ereport(ERROR,
