@@ -1443,4 +1443,3 @@ fold(CycleResult *result)
 			give_way();
 	}
 }
-

@@ -96,6 +96,7 @@ typedef struct PendingWake
 	int			index;
 	int			nestlevel;		/* of the subtransaction that asked for it */
 } PendingWake;
+
 /* -------------------------------------------------------------------------
  * Shared state, settings, and what a process keeps for itself
  * -------------------------------------------------------------------------
@@ -113,14 +114,14 @@ static shmem_request_hook_type prev_shmem_request_hook = NULL;
 static shmem_startup_hook_type prev_shmem_startup_hook = NULL;
 
 /* Settings. */
-int	worker_spi_naptime = 10;
+int			worker_spi_naptime = 10;
 static int	worker_spi_total_workers = 2;
-char *worker_spi_database = NULL;
-char *worker_spi_role = NULL;
+char	   *worker_spi_database = NULL;
+char	   *worker_spi_role = NULL;
 static int	worker_spi_restart_interval = 5;
-bool worker_spi_log_folds = true;
-int	worker_spi_wake_delay = 50;
-bool worker_spi_notify = false;
+bool		worker_spi_log_folds = true;
+int			worker_spi_wake_delay = 50;
+bool		worker_spi_notify = false;
 
 /* In a backend: workers to wake at commit. */
 static List *pending_wakes = NIL;
