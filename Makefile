@@ -4,7 +4,7 @@ EXTENSION = worker_spi
 DATA = worker_spi--1.0.sql
 PGFILEDESC = "worker_spi - fold the deltas of a counter in the background"
 
-REGRESS = worker_spi
+REGRESS = worker_spi keys operate
 TAP_TESTS = 1
 
 PG_CONFIG ?= pg_config

@@ -172,7 +172,9 @@ SET ROLE regress_worker_spi_user;
 SELECT worker_spi_launch(index => 4001, dboid => :dboid, roleoid => :self) AS pid \gset
 RESET ROLE;
 CALL wait_until('to_regclass(''schema4001.counted'') IS NOT NULL');
-SELECT relowner::regrole, reloptions FROM pg_class
+SELECT relowner::regrole,
+       'autovacuum_vacuum_scale_factor=0' = ANY (reloptions) AS tuned
+FROM pg_class
 WHERE oid = 'schema4001.counted'::regclass;
 SELECT attname, atttypid::regtype, attnotnull FROM pg_attribute
 WHERE attrelid = 'schema4001.counted'::regclass AND attnum > 0

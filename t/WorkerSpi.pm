@@ -7,11 +7,13 @@ use strict;
 use warnings FATAL => 'all';
 
 use Exporter 'import';
+use IPC::Run ();
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
 
-our @EXPORT = qw(new_node error_is total wait_for_state worker);
+our @EXPORT = qw(new_node error_is total wait_for_state worker
+  start_psql wait_for_psql finish_psql reload_settings nothing_left);
 
 # A started server with the extension in database postgres.  $conf is appended
 # to its configuration; naptime is an hour unless it says otherwise, so that
@@ -69,6 +71,93 @@ sub wait_for_state
 	$node->poll_query_until('postgres',
 		"SELECT state = '$state' FROM worker_spi_workers WHERE index = $index")
 	  or die "worker $index did not become $state";
+	return;
+}
+
+# Start psql with $sql in the background, under an application_name by which
+# others can find its server process.
+sub start_psql
+{
+	my ($node, $db, $name, $sql) = @_;
+	my %session = (node => $node, name => $name, out => '', err => '');
+
+	$session{run} = IPC::Run::start(
+		[
+			$node->installed_command('psql'), '-XAtq',
+			'-v', 'ON_ERROR_STOP=1',
+			'-v', 'VERBOSITY=verbose',
+			'-d', $node->connstr($db) . " application_name=$name",
+			'-c', $sql
+		],
+		'<', \undef, '>', \$session{out}, '2>', \$session{err},
+		IPC::Run::timeout($PostgreSQL::Test::Utils::timeout_default));
+	return \%session;
+}
+
+# Wait until all these sessions wait: for a lock, for a worker, or for the
+# postmaster to start one.
+sub wait_for_psql
+{
+	my (@sessions) = @_;
+	my $names = join ', ', map { "'$_->{name}'" } @sessions;
+
+	$sessions[0]{node}->poll_query_until('postgres',
+		"SELECT count(*) = " . @sessions . " FROM pg_stat_activity
+		 WHERE application_name IN ($names)
+		 AND wait_event_type IN ('Lock', 'Extension', 'IPC')")
+	  or die "$names did not get to wait";
+	return;
+}
+
+# Wait for the end of a session; what it put out, and its errors.
+sub finish_psql
+{
+	my ($session) = @_;
+
+	$session->{run}->finish;
+	chomp($session->{out}, $session->{err});
+	return ($session->{out}, $session->{err});
+}
+
+# Change the configuration, and wait until the workers with these indexes have
+# read it.  They must be napping, and $conf must not change the naptime: a
+# naptime changed along with it is how they can be seen to.
+my $naptime = 3600;
+
+sub reload_settings
+{
+	my ($node, $conf, @indexes) = @_;
+	my $list = join ', ', @indexes;
+
+	wait_for_state($node, $_, 'idle') foreach @indexes;
+	my $before = $node->safe_psql('postgres',
+		"SELECT max(next_fold_time) FROM worker_spi_workers
+		 WHERE index IN ($list)");
+	$naptime += 60;
+	$node->append_conf('postgresql.conf',
+		"$conf\nworker_spi.naptime = $naptime\n");
+	$node->reload;
+	$node->poll_query_until('postgres',
+		"SELECT min(next_fold_time) > '$before' FROM worker_spi_workers
+		 WHERE index IN ($list)")
+	  or die 'workers did not read their settings';
+	return;
+}
+
+# Neither a registration nor a process of worker $index is left.
+sub nothing_left
+{
+	my ($node, $index, $test) = @_;
+
+	is( $node->safe_psql(
+			'postgres',
+			"SELECT (SELECT count(*) FROM worker_spi_workers
+					 WHERE index = $index),
+				(SELECT count(*) FROM pg_stat_activity
+				 WHERE backend_type LIKE 'worker\\_spi%'
+				 AND (application_name LIKE '% worker $index'
+					OR application_name = ''))"),
+		'0|0', $test);
 	return;
 }
 
