@@ -998,6 +998,7 @@ worker_spi_stop(PG_FUNCTION_ARGS)
 	uint64		generation;
 	pid_t		pid;
 	const char *type;
+	bool		insist = false;
 
 	check_nargs(fcinfo, 2);
 	slot = find_and_lock_worker(fcinfo);
@@ -1014,17 +1015,24 @@ worker_spi_stop(PG_FUNCTION_ARGS)
 	LWLockRelease(Shared->lock);
 	ConditionVariableBroadcast(&slot->changed);
 
+	/*
+	 * A trigger can swallow the cancel, but not a termination; with the slot
+	 * told to stop, that is no less the end of the worker.
+	 */
 	ConditionVariablePrepareToSleep(&slot->changed);
 	for (;;)
 	{
 		bool		gone;
 
-		LWLockAcquire(Shared->lock, LW_SHARED);
+		LWLockAcquire(Shared->lock, LW_EXCLUSIVE);
 		gone = slot->generation != generation;
+		if (!gone && insist && slot->pid != 0)
+			kill(slot->pid, SIGTERM);
 		LWLockRelease(Shared->lock);
 		if (gone)
 			break;
-		ConditionVariableSleep(&slot->changed, WAIT_EVENT_BGWORKER_SHUTDOWN);
+		insist = ConditionVariableTimedSleep(&slot->changed, 1000,
+											 WAIT_EVENT_BGWORKER_SHUTDOWN);
 	}
 	ConditionVariableCancelSleep();
 

@@ -4,11 +4,14 @@
 # "set -euo pipefail".  All that they need comes from Debian's packages; what
 # is installed already is left as it is.
 
-export LC_ALL=C.UTF-8
+export LANG=C.UTF-8 LC_ALL=C.UTF-8
+
+# How long a test waits for what should happen at once.
+export PG_TEST_TIMEOUT_DEFAULT=${PG_TEST_TIMEOUT_DEFAULT:-60}
 
 top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-# The folders of other Debian releases, see make_root.
+# The folders of other Debian releases, see enter_folder.
 cache=${WORKER_SPI_CACHE:-/var/tmp/worker_spi}
 
 if [ "$(id -u)" = 0 ]; then
@@ -67,6 +70,15 @@ install_packages()
 		</dev/null >/dev/null 2>&1 && return
 	quietly "${apt[@]}" update || return
 	quietly "${apt[@]}" install --no-install-recommends "${missing[@]}"
+}
+
+# Start the command that called us again as root, if that is not who we are;
+# its arguments are those of this function.
+become_root()
+{
+	[ "${#sudo[@]}" = 0 ] ||
+		exec sudo env "VERSION=${VERSION:-}" "WORKER_SPI_CACHE=$cache" \
+			"PROVE_FLAGS=${PROVE_FLAGS:-}" "COPT=${COPT:-}" "$0" "$@"
 }
 
 # -------------------------------------------------------------------------
@@ -130,7 +142,7 @@ build_and_install()
 	copy_tree "$work/src"
 	[ "${#sudo[@]}" -gt 0 ] || chown -R postgres: "$work"
 
-	cd "$work/src"
+	cd "$work/src" || return
 	export HOME=$work		# nobody's psqlrc or proverc
 	quietly "${as_user[@]}" "${make[@]}" "COPT=${COPT:-}"
 	quietly "${sudo[@]}" "${make[@]}" install
@@ -168,11 +180,11 @@ stop_server()
 # -------------------------------------------------------------------------
 
 # Run a command where it may mount what it likes: the mounts, and all processes
-# that it leaves behind, end with it.
+# that it leaves behind, end with it, and it ends with us.
 in_namespace()
 {
 	if unshare --mount true 2>/dev/null; then
-		unshare --mount --pid --fork --kill-child "$@"
+		setpriv --pdeathsig KILL unshare --mount --pid --fork --kill-child "$@"
 	else
 		"$@"
 	fi
@@ -192,7 +204,7 @@ in_folder()
 		mount --rbind /dev "$0/dev" && mount -t tmpfs tmpfs "$0/dev/shm"
 		exec 2>&3 3>&- chroot "$0" "$@"' "$folder" \
 		env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root \
-		LC_ALL=C.UTF-8 "WORKER_SPI_FOLDER=$folder" \
+		LANG=C.UTF-8 LC_ALL=C.UTF-8 "WORKER_SPI_FOLDER=$folder" \
 		"COPT=${COPT:-}" "PROVE_FLAGS=${PROVE_FLAGS:-}" \
 		"http_proxy=${http_proxy:-}" "https_proxy=${https_proxy:-}" \
 		bash -c 'cd /src && exec "$@"' bash "$@" \
@@ -216,6 +228,7 @@ enter_folder()
 	if [ ! -d "$folder" ]; then
 		install_packages debootstrap
 		say "making $folder"
+		# shellcheck disable=SC2016	# for apt-get to expand
 		mirror=$(apt-get indextargets --format '$(SITE)' \
 			'Created-By: Packages' 'Origin: Debian' 'Label: Debian' |
 			sed -n 1p)

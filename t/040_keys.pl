@@ -470,18 +470,14 @@ foreach my $test (
 	[ 'an expression',  '("Q", (b + 0)) NULLS NOT DISTINCT' ])
 {
 	my ($name, $definition) = @$test;
-	my $offset = -s $node->logfile;
 	new_table(', "Q" text, b int', <<EOC);
 CREATE UNIQUE INDEX "In dex" ON schema1.counted $definition WHERE type = 'total';
 INSERT INTO schema1.counted VALUES ('delta', 1, NULL, NULL), ('delta', 2, NULL, NULL);
 EOC
 	error_is(
 		$node, 'postgres', 'SELECT worker_spi_fold(1)', '42P16',
-		qr/index "In dex" contradicts the key columns of table "schema1\.counted"/,
+		qr/index "In dex" contradicts the key columns of table "schema1\.counted".*HINT:  Drop index schema1\."In dex";/s,
 		"a user's index is refused: $name");
-	$node->log_contains(qr/HINT:  Drop (index schema1\."In dex"); the worker/,
-		$offset)
-	  or diag('no hint in the log');
 	is( $node->safe_psql('postgres', <<'EOC'),
 DROP INDEX schema1."In dex"; SELECT worker_spi_fold(1); TABLE schema1.counted;
 EOC
@@ -530,7 +526,7 @@ is( worker($node, 1, 'fold_count || $$ $$ || folded_rows'),
 
 foreach my $keys (1, 1000, 100_000)
 {
-	my $deltas = 3 * $keys + 10;
+	my $deltas = 2 * $keys + 10;
 
 	new_table(', k int');
 	$node->safe_psql('postgres', 'SELECT worker_spi_fold(1)');
@@ -553,17 +549,9 @@ EOC
 		$count + 1, "one cycle did it for $keys keys");
 	like(
 		slurp_file($node->logfile, $offset),
-		$keys < 100_000
-		? qr/folded $deltas rows into $keys totals of schema1\.counted\n/
-		: qr/folded $deltas rows into \d+ totals of schema1\.counted\n/,
+		qr/folded $deltas rows into $keys totals of schema1\.counted\n/,
 		"the log has the numbers for $keys keys");
 }
-cmp_ok(
-	$node->safe_psql('postgres',
-		"SELECT pg_relation_size('schema1.counted') / current_setting('block_size')::int"
-	),
-	'>', 1000,
-	'the last table took more than two ranges of 500 blocks');
 
 # Once more over the totals, which are now all over the table: existing keys,
 # new ones, and few rows among many totals.
@@ -578,6 +566,29 @@ EOC
 	0,
 	'deltas for old and new keys among 100,000 totals are folded right');
 
+# One transaction folds 8000 blocks of a table with keys.  With rows as long as
+# these, few do for more; most keys are met by both transactions.
+new_table(<<'EOC');
+, k int, filler text GENERATED ALWAYS AS (repeat('x', 1900)) STORED
+EOC
+$node->safe_psql('postgres', 'SELECT worker_spi_fold(1)');
+my $count_before = worker($node, 1, 'fold_count');
+is( last_line(<<EOC),
+CREATE TEMP TABLE ledger AS
+	SELECT n % 100 AS value, (n * n) % 997 AS k FROM generate_series(1::bigint, 36000) AS n;
+INSERT INTO schema1.counted SELECT 'delta', * FROM ledger;
+SELECT worker_spi_fold(1);
+$differences_k
+EOC
+	0,
+	'keys that are met by several transactions of a cycle have exact totals');
+is(worker($node, 1, 'fold_count'), $count_before + 1, 'of one cycle');
+cmp_ok(
+	$node->safe_psql('postgres',
+		"SELECT pg_relation_size('schema1.counted') / current_setting('block_size')::int"
+	),
+	'>', 8000 + 500, 'that took several transactions');
+
 ###############################################################################
 # Others write while folds run
 
@@ -591,7 +602,7 @@ INSERT INTO schema1.counted VALUES ('delta', :v, nullif(:k, 50));
 INSERT INTO ledger VALUES (:v, nullif(:k, 50));
 END;
 EOC
-my $count_before = worker($node, 1, 'fold_count');
+$count_before = worker($node, 1, 'fold_count');
 my $pgbench = IPC::Run::start(
 	[
 		'pgbench', '-n', '-c', '4', '-t', '500', '-f', $script,
@@ -608,7 +619,10 @@ while ($pgbench->pumpable)
 SELECT worker_spi_fold(1);
 SELECT NOT EXISTS (
 	SELECT k, sum(value) FROM schema1.counted GROUP BY k
-	EXCEPT SELECT k, sum(value) FROM ledger GROUP BY k);
+	EXCEPT SELECT k, sum(value) FROM ledger GROUP BY k)
+AND NOT EXISTS (
+	SELECT k, sum(value) FROM ledger GROUP BY k
+	EXCEPT SELECT k, sum(value) FROM schema1.counted GROUP BY k);
 EOC
 	$wrong++ if $equal ne 't';
 }
