@@ -1,3 +1,5 @@
+# Built with PGXS; PG_CONFIG chooses the server.  "make help" lists the targets.
+
 MODULE_big = worker_spi
 OBJS = worker_spi.o worker.o
 EXTENSION = worker_spi
@@ -10,3 +12,19 @@ TAP_TESTS = 1
 PG_CONFIG ?= pg_config
 PGXS := $(shell $(PG_CONFIG) --pgxs)
 include $(PGXS)
+
+worker_spi.o worker.o: worker_spi.h
+
+.PHONY: help
+help:
+	@echo 'make                      build for the server of PG_CONFIG'
+	@echo 'make install              install into that server'
+	@echo 'make installcheck         all tests: sql/ in the running server, t/ in their own'
+	@echo '     REGRESS=keys         only this regression test'
+	@echo '     PROVE_TESTS=t/x.pl   only this TAP test'
+	@echo 'make clean                remove what was built'
+	@echo 'dev/demo                  show on a throw-away server what it does'
+	@echo 'dev/test                  all tests, with all their set-up; VERSION=17 for another server'
+	@echo 'dev/indent, dev/lint      format; check without running'
+	@echo 'dev/valgrind              run the regression tests under memcheck'
+	@echo 'bench/run                 measure'
