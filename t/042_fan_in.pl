@@ -1,0 +1,264 @@
+# Fan-in: several servers count, each with its own worker, and a hub has the
+# sum of all.  The publishers replicate their totals and no deltas, so the hub
+# gets one row for each key and node, and needs no worker.  Shown here: the
+# hub's sums are exact once all is folded, whatever was inserted, updated and
+# deleted on the publishers, and also if one of them crashed meanwhile; a
+# TRUNCATE there does not empty the hub.
+
+use strict;
+use warnings FATAL => 'all';
+
+use IPC::Run;
+use PostgreSQL::Test::Cluster;
+use PostgreSQL::Test::Utils;
+use Test::More;
+use t::WorkerSpi;
+
+my %pub;
+foreach my $name ('paris', 'tokyo')
+{
+	my $node = $pub{$name} =
+	  new_node($name, <<EOC, allows_streaming => 'logical');
+worker_spi.total_workers = 0
+EOC
+
+	# schema1 has keys that are never NULL, schema2 has one that may be.  The
+	# ledger is for this test.
+	foreach my $index (1, 2)
+	{
+		my $not_null = $index == 1 ? 'NOT NULL' : '';
+		$node->safe_psql('postgres', <<EOC);
+CREATE SCHEMA schema$index;
+CREATE TABLE schema$index.counted (
+	type text NOT NULL,
+	value bigint NOT NULL,
+	node text NOT NULL DEFAULT '$name',
+	page text $not_null);
+ALTER TABLE schema$index.counted REPLICA IDENTITY FULL;
+CREATE TABLE ledger$index (value bigint, page text);
+EOC
+	}
+	$node->safe_psql('postgres', <<'EOC');
+CREATE PUBLICATION totals FOR
+	TABLE schema1.counted WHERE (type = 'total'),
+	TABLE schema2.counted WHERE (type = 'total')
+	WITH (publish = 'insert, update, delete');
+EOC
+
+	# Static workers, since those are there again after a restart.
+	$node->append_conf('postgresql.conf', 'worker_spi.total_workers = 2');
+	$node->restart;
+	is( $node->safe_psql('postgres', <<'EOC'),
+SELECT worker_spi_fold(1), worker_spi_fold(2);
+SELECT indexrelid::regclass FROM pg_index WHERE indrelid = 'schema1.counted'::regclass;
+EOC
+		"t|t\nschema1.counted_node_page_idx",
+		"$name: the workers have adopted the tables");
+}
+
+# Something to copy when the subscription begins.
+$pub{paris}->safe_psql('postgres', <<'EOC');
+INSERT INTO ledger1 VALUES (100, 'old'), (200, 'index');
+INSERT INTO schema1.counted (type, value, page) SELECT 'delta', * FROM ledger1;
+SELECT worker_spi_fold(1);
+INSERT INTO ledger1 VALUES (1, 'old');
+INSERT INTO schema1.counted (type, value, page) VALUES ('delta', 1, 'old');
+EOC
+
+# The hub does not even have the extension.
+my $hub = PostgreSQL::Test::Cluster->new('hub');
+$hub->init(allows_streaming => 'logical');
+$hub->append_conf('postgresql.conf', 'wal_retrieve_retry_interval = 100ms');
+$hub->start;
+$hub->safe_psql('postgres', <<'EOC');
+CREATE SCHEMA schema1;
+CREATE TABLE schema1.counted (
+	type text, value bigint, node text, page text,
+	PRIMARY KEY (node, page));
+CREATE SCHEMA schema2;
+CREATE TABLE schema2.counted (type text, value bigint, node text, page text);
+EOC
+foreach my $name (sort keys %pub)
+{
+	my $connection = $pub{$name}->connstr . ' dbname=postgres';
+	$hub->safe_psql('postgres',
+		"CREATE SUBSCRIPTION $name CONNECTION '$connection' PUBLICATION totals"
+	);
+}
+$hub->wait_for_subscription_sync;
+is( $hub->safe_psql('postgres',
+		'SELECT page, sum(value) FROM schema1.counted GROUP BY page ORDER BY page'
+	),
+	"index|200\nold|100",
+	'the hub begins with the totals that are there, without deltas');
+
+# Fold what is left, let the hub catch up, and compare it with the ledgers of
+# the publishers.
+sub hub_is_exact
+{
+	my ($test) = @_;
+
+	foreach my $name (sort keys %pub)
+	{
+		$pub{$name}->safe_psql('postgres',
+			'SELECT worker_spi_fold(1), worker_spi_fold(2)');
+
+		# A worker commits asynchronously, and what is not flushed is not sent.
+		$pub{$name}->safe_psql('postgres',
+			"SELECT pg_logical_emit_message(true, 'flush', '')");
+		$pub{$name}->wait_for_catchup($name);
+	}
+	foreach my $index (1, 2)
+	{
+		my %sum;
+		my $all = 0;
+
+		foreach my $name (keys %pub)
+		{
+			my $rows = $pub{$name}->safe_psql('postgres',
+				"SELECT coalesce(page, 'NULL'), sum(value) FROM ledger$index GROUP BY page"
+			);
+			foreach my $row (split /\n/, $rows)
+			{
+				my ($page, $value) = split /\|/, $row;
+				$sum{$page} += $value;
+				$all += $value;
+			}
+		}
+		is( $hub->safe_psql('postgres', <<EOC),
+SELECT coalesce(page, 'NULL'), sum(value) FROM schema$index.counted
+GROUP BY page ORDER BY coalesce(page, 'NULL') COLLATE "C";
+EOC
+			join("\n", map { "$_|$sum{$_}" } sort keys %sum),
+			"$test: each page of schema$index has the sum of the nodes");
+		is( $hub->safe_psql('postgres',
+				"SELECT sum(value), count(*) = count(DISTINCT (node, page)), bool_and(type = 'total') FROM schema$index.counted"
+			),
+			"$all|t|t",
+			"$test: so has all of schema$index, in one total for each node and page");
+	}
+	return;
+}
+
+# Both count, and one of them crashes meanwhile.  What a client had not yet
+# been told when the server crashed is in both the table and the ledger, or in
+# neither.
+my $script = $hub->basedir . '/insert.sql';
+append_to_file($script, <<'EOC');
+\set v random(1, 1000)
+\set p random(1, 20)
+BEGIN;
+INSERT INTO schema1.counted (type, value, page) VALUES ('delta', :v, 'page ' || :p);
+INSERT INTO ledger1 VALUES (:v, 'page ' || :p);
+INSERT INTO schema2.counted (type, value, page) VALUES ('delta', :v, nullif('page ' || :p, 'page 1'));
+INSERT INTO ledger2 VALUES (:v, nullif('page ' || :p, 'page 1'));
+END;
+EOC
+
+sub start_clients
+{
+	my ($node, $transactions) = @_;
+	return IPC::Run::start(
+		[
+			'pgbench', '-n', '-c', '2', '-t', $transactions, '-f', $script,
+			$node->connstr('postgres')
+		],
+		'<',
+		\undef, '>',
+		'/dev/null',
+		'2>',
+		'/dev/null');
+}
+my $bench_paris = start_clients($pub{paris}, 300);
+my $bench_tokyo = start_clients($pub{tokyo}, 100_000);
+
+# The crash comes when the hub has seen some of tokyo's totals.
+fold_some($pub{tokyo});
+$hub->poll_query_until('postgres',
+	"SELECT count(*) >= 10 FROM schema2.counted WHERE node = 'tokyo'")
+  or die 'nothing of tokyo came';
+$pub{tokyo}->stop('immediate');
+ok(!$bench_tokyo->finish, 'the clients of tokyo are cut off by the crash');
+$pub{tokyo}->start;
+$bench_tokyo = start_clients($pub{tokyo}, 300);
+while ($bench_paris->pumpable || $bench_tokyo->pumpable)
+{
+	$_->pumpable && $_->pump_nb foreach $bench_paris, $bench_tokyo;
+	fold_some($_) foreach values %pub;
+}
+ok($bench_paris->finish && $bench_tokyo->finish, 'the other clients are done');
+
+# Make both workers fold what has been committed so far.
+sub fold_some
+{
+	my ($node) = @_;
+	$node->poll_query_until('postgres',
+		"SELECT count(*) > 100 FROM ledger2")
+	  or die 'nothing was counted';
+	return $node->safe_psql('postgres',
+		'SELECT worker_spi_fold(1) AND worker_spi_fold(2)') eq 't';
+}
+hub_is_exact('after a crash');
+is( $hub->safe_psql('postgres',
+		'SELECT node, count(*) FROM schema2.counted GROUP BY node ORDER BY node'
+	),
+	"paris|20\ntokyo|20",
+	'both have sent the totals of all pages, that of NULL among them');
+
+# What users do to their tables.
+$pub{paris}->safe_psql('postgres', <<'EOC');
+DELETE FROM schema1.counted WHERE page = 'old';
+DELETE FROM ledger1 WHERE page = 'old';
+UPDATE schema1.counted SET page = 'home' WHERE page = 'index';
+UPDATE ledger1 SET page = 'home' WHERE page = 'index';
+UPDATE schema2.counted SET type = 'delta', page = 'new' WHERE page IS NULL;
+UPDATE ledger2 SET page = 'new' WHERE page IS NULL;
+INSERT INTO schema2.counted (type, value, page) VALUES ('delta', 5, NULL);
+DELETE FROM schema2.counted WHERE type = 'delta' AND page IS NULL;
+EOC
+hub_is_exact('after DELETE and UPDATE of totals');
+
+# TRUNCATE has no row filter: it would take the rows of all nodes.
+$pub{paris}->safe_psql('postgres',
+	'VACUUM FULL schema2.counted; TRUNCATE schema1.counted');
+$pub{paris}->safe_psql('postgres', <<'EOC');
+INSERT INTO schema1.counted (type, value, page) VALUES ('delta', 1, 'after');
+SELECT worker_spi_fold(1);
+SELECT pg_logical_emit_message(true, 'flush', '');
+EOC
+$pub{paris}->wait_for_catchup('paris');
+is( $hub->safe_psql(
+		'postgres',
+		"SELECT count(*) FROM schema1.counted WHERE node = 'tokyo' AND page LIKE 'page%'"
+	),
+	20,
+	'TRUNCATE on one node leaves the totals of the others on the hub');
+
+# Without the replica identity the server refuses the worker's statements.
+$pub{paris}->safe_psql('postgres', <<'EOC');
+ALTER TABLE schema2.counted REPLICA IDENTITY DEFAULT;
+INSERT INTO schema2.counted (type, value, page) VALUES ('delta', 7, 'page 2');
+INSERT INTO ledger2 VALUES (7, 'page 2');
+EOC
+error_is($pub{paris}, 'postgres', 'SELECT worker_spi_fold(2)', '42P10',
+	qr/cannot update table "counted"/,
+	'REPLICA IDENTITY FULL is what a published table needs');
+is( $pub{paris}->safe_psql('postgres', <<'EOC'),
+ALTER TABLE schema2.counted REPLICA IDENTITY FULL;
+SELECT worker_spi_fold(2);
+SELECT (SELECT sum(value) FROM schema2.counted) = (SELECT sum(value) FROM ledger2);
+EOC
+	"t\nt",
+	'once it is there, the delta is folded that was kept');
+
+foreach my $node ($hub, values %pub)
+{
+	my @errors =
+	  grep { /ERROR:/ && !/could not (connect|receive|send)/ }
+	  split /\n/, slurp_file($node->logfile);
+	is(scalar(grep { !/cannot update table "counted"/ } @errors),
+		0, 'no other error in the log of ' . $node->name);
+	$node->stop;
+}
+
+done_testing();
