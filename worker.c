@@ -141,6 +141,7 @@ static uint64 serving = 0;
 
 static void attach_slot(int slotno);
 static void detach_slot(int code, Datum arg);
+static bool database_is_wanted(void);
 static void nap(TimestampTz cycle_end, int backoff_ms);
 static CycleOutcome run_cycle(bool may_retry);
 static void fold(CycleResult *result);
@@ -480,6 +481,13 @@ note_error(const WorkerError *error)
 static void
 detach_slot(int code, Datum arg)
 {
+	/*
+	 * A server with BGWORKER_INTERRUPTIBLE terminates, and forgets, such a
+	 * worker when a command needs its database.
+	 */
+	if (Me.interruptible && OidIsValid(MyDatabaseId) && database_is_wanted())
+		leaving_for_good = true;
+
 	lock_slots(LW_EXCLUSIVE);
 	if (fatal_error.sqlstate != 0)
 		note_error(&fatal_error);

@@ -1,0 +1,189 @@
+# Workers end when the server does: a fast shutdown is not held up by one that
+# naps, folds, or waits, and none outlives a postmaster that was killed.
+
+use strict;
+use warnings FATAL => 'all';
+
+use PostgreSQL::Test::Cluster;
+use PostgreSQL::Test::Utils;
+use Test::More;
+use Time::HiRes qw(time);
+use t::WorkerSpi;
+
+# What may take a second gets two here, since the machine may be busy.
+my $bound = 2;
+
+# Streaming is allowed because commits wait for standbys only then; its small
+# shared_buffers are undone.
+my $node = new_node('shutdown', <<'EOC', allows_streaming => 1);
+worker_spi.total_workers = 2
+shared_buffers = 128MB
+max_wal_size = 1GB
+EOC
+
+# Stop the server, see how long it takes, and start it again.
+sub stops_fast
+{
+	my ($test) = @_;
+	my $start = time();
+
+	$node->stop('fast');
+	my $took = time() - $start;
+	cmp_ok($took, '<', $bound, "fast shutdown in short time $test");
+	$node->start;
+	return;
+}
+
+# Is the process gone?  A zombie is: its parent is what does not look.
+sub is_gone
+{
+	my ($pid) = @_;
+	my $stat;
+
+	return 1 unless open(my $fh, '<', "/proc/$pid/stat");
+	$stat = <$fh>;
+	close $fh;
+	return !defined $stat || $stat =~ /^\d+ \(.*\) [ZX] /s;
+}
+
+# Kill the postmaster, and see that its workers are gone in time.  Then wait
+# for everything else, so that the server can be started again.
+sub postmaster_dies
+{
+	my ($test) = @_;
+	my @workers = split /\n/, $node->safe_psql('postgres',
+		"SELECT pid FROM pg_stat_activity WHERE backend_type LIKE 'worker_spi%'");
+	my @all = split /\n/, $node->safe_psql('postgres',
+		'SELECT pid FROM pg_stat_activity WHERE pid <> pg_backend_pid()');
+	my ($postmaster) =
+	  slurp_file($node->data_dir . '/postmaster.pid') =~ /^(\d+)/;
+	my $start = time();
+	my $gone = 0;
+
+	is(scalar(@workers), 2, "two workers run $test");
+	$node->kill9;
+	$gone = !grep { !is_gone($_) } @workers
+	  while (!$gone && time() < $start + $bound);
+	ok($gone, "no worker outlives the postmaster that was killed $test");
+
+	# A new postmaster takes even a zombie for one that runs.
+	$start = time();
+	$gone = 0;
+	$gone = !kill(0, $postmaster) && !grep { !is_gone($_) } @all
+	  while (!$gone && time() < $start + $PostgreSQL::Test::Utils::timeout_default);
+	die 'processes of the killed server are left' if !$gone;
+	return;
+}
+
+# Let worker 1 fold a million deltas, and slowly: a trigger computes for a
+# while in each of its transactions.  The checkpoint leaves little to do for
+# the one at shutdown.
+sub start_folding
+{
+	$node->safe_psql('postgres', <<'EOQ');
+DROP TABLE schema1.counted;
+CREATE TABLE schema1.counted (type text, value bigint);
+INSERT INTO schema1.counted SELECT 'delta', 1 FROM generate_series(1, 1000000);
+CREATE OR REPLACE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+	PERFORM count(*) FROM generate_series(1, 3000000);
+	RETURN NULL;
+END
+$$;
+CREATE TRIGGER slow AFTER DELETE ON schema1.counted EXECUTE FUNCTION slow();
+CHECKPOINT;
+EOQ
+	continue_folding();
+	return;
+}
+
+# What the worker folds when it starts is also slow, then.
+sub continue_folding
+{
+	my $before = worker($node, 1, 'folded_rows');
+
+	$node->safe_psql('postgres', 'SELECT worker_spi_fold(1, wait => false)');
+	$node->poll_query_until('postgres',
+		"SELECT folded_rows > $before FROM worker_spi_workers WHERE index = 1")
+	  or die 'worker 1 does not fold';
+	return;
+}
+
+# A million in all, some of them still deltas.
+sub stopped_in_the_middle
+{
+	my ($test) = @_;
+	is( $node->safe_psql(
+			'postgres',
+			"SELECT sum(value), count(*) > 1 FROM schema1.counted"),
+		'1000000|t',
+		"$test came in the middle of the fold, and nothing is lost");
+	return;
+}
+
+# ------------------------------------------------------------------------
+# Fast shutdown
+# ------------------------------------------------------------------------
+wait_for_state($node, $_, 'idle') for (1 .. 2);
+stops_fast('while workers nap');
+
+wait_for_state($node, $_, 'idle') for (1 .. 2);
+start_folding();
+stops_fast('while a worker folds a million rows');
+stopped_in_the_middle('the shutdown');
+
+# The fold that goes on now is in the way of what follows.
+$node->safe_psql('postgres', 'DROP TABLE schema1.counted');
+$node->safe_psql('postgres', 'SELECT worker_spi_fold(1)');
+
+my $locker = $node->background_psql('postgres');
+$locker->query_safe('BEGIN; LOCK TABLE schema1.counted');
+$node->safe_psql('postgres', 'SELECT worker_spi_fold(1, wait => false)');
+$node->poll_query_until('postgres', <<'EOQ') or die 'worker 1 does not wait';
+SELECT count(*) = 1 FROM worker_spi_workers JOIN pg_locks USING (pid)
+WHERE index = 1 AND NOT granted
+EOQ
+stops_fast('while a worker waits for a lock');
+eval { $locker->quit };
+
+# Sessions that wrote something would wait for ever with this setting.
+$node->append_conf('postgresql.conf', "synchronous_standby_names = 'nobody'");
+$node->reload;
+$node->poll_query_until('postgres', 'SHOW synchronous_standby_names', 'nobody')
+  or die 'reload was not seen';
+is( $node->safe_psql(
+		'postgres', <<'EOQ'),
+SET synchronous_commit = local;
+SET statement_timeout = '30s';
+INSERT INTO schema1.counted VALUES ('delta', 5);
+SELECT worker_spi_fold(1);
+EOQ
+	't',
+	'a fold does not wait for a synchronous standby');
+$node->safe_psql('postgres', <<'EOQ');
+SET synchronous_commit = local;
+INSERT INTO schema1.counted VALUES ('delta', 6);
+SELECT worker_spi_fold(1, wait => false);
+EOQ
+stops_fast('while there is no synchronous standby');
+is($node->safe_psql('postgres', 'SELECT sum(value) FROM schema1.counted'),
+	'11', 'and nothing is lost');
+$node->adjust_conf('postgresql.conf', 'synchronous_standby_names', "''");
+$node->reload;
+
+# ------------------------------------------------------------------------
+# Death of the postmaster
+# ------------------------------------------------------------------------
+wait_for_state($node, $_, 'idle') for (1 .. 2);
+postmaster_dies('while they nap');
+
+$node->start;
+wait_for_state($node, $_, 'idle') for (1 .. 2);
+start_folding();
+postmaster_dies('while one folds a million rows');
+
+$node->start;
+stopped_in_the_middle('the death of the postmaster');
+$node->stop;
+
+done_testing();
