@@ -240,31 +240,13 @@ is( $node->safe_psql('postgres',
 	'and their slots are free again');
 
 # 20 at once
-my $starter = $node->background_psql('postgres');
-$starter->query_safe('SELECT pg_advisory_lock(1)');
-my @sessions = map {
-	start_psql($node, 'postgres', "launch_$_",
-		'SELECT pg_advisory_lock_shared(1); SELECT worker_spi_launch(20)')
-} 1 .. 20;
-wait_for_psql(@sessions);
-$starter->query_safe('SELECT pg_advisory_unlock(1)');
-my (@pids, @duplicates);
-foreach my $session (@sessions)
-{
-	my ($out, $err) = finish_psql($session);
-	push @pids, $1 if $out =~ /^(\d+)$/m;
-	push @duplicates, $err
-	  if $err =~ /ERROR:  42710: a worker with index 20 already runs/;
-}
-is(scalar(@pids), 1, 'of 20 launches at once one gets a worker');
-is(scalar(@duplicates), 19, 'and 19 learn that there is one');
-is(worker($node, 20, 'pid'), $pids[0], 'it is the one that runs');
+my $winner = launch_20_at_once($node, 20);
+is(worker($node, 20, 'pid'), $winner, 'it is the one that runs');
 is( $node->safe_psql(
 		'postgres',
 		"SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'worker_spi dynamic'"),
 	'1',
 	'and the only one');
-$starter->quit;
 
 #
 # Permissions, as those see them who log in

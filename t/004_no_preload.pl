@@ -158,31 +158,15 @@ error_is($node, 'postgres', "SELECT worker_spi_launch(2, 0, 10)",
 	'42501', qr/permission denied for a worker of role/,
 	'permissions are checked', extra_params => [ '-U', 'regress_worker' ]);
 
-my $starter = $node->background_psql('postgres');
-$starter->query_safe('SELECT pg_advisory_lock(1)');
-my @sessions = map {
-	start_psql($node, 'postgres', "launch_$_",
-		'SELECT pg_advisory_lock_shared(1); SELECT worker_spi_launch(20)')
-} 1 .. 20;
-wait_for_psql(@sessions);
-$starter->query_safe('SELECT pg_advisory_unlock(1)');
-my (@pids, @duplicates);
-foreach my $session (@sessions)
-{
-	my ($out, $err) = finish_psql($session);
-	push @pids, $1 if $out =~ /^(\d+)$/m;
-	push @duplicates, $err
-	  if $err =~ /ERROR:  42710: a worker with index 20 already runs/;
-}
-is(scalar(@pids), 1, 'of 20 launches at once one gets a worker');
-is(scalar(@duplicates), 19, 'and 19 learn that there is one');
+my $winner = launch_20_at_once($node, 20);
 is( $node->safe_psql(
 		'postgres', "SELECT pid FROM pg_stat_activity
 			WHERE application_name = 'worker_spi dynamic worker 20'"),
-	$pids[0],
+	$winner,
 	'it is the only one');
 
 # a caller that is cancelled while its worker hangs before it is ready
+my $starter = $node->background_psql('postgres');
 $starter->query_safe('BEGIN; ALTER DATABASE template1 RENAME TO another');
 my $caller = start_psql($node, 'postgres', 'caller',
 	"SELECT worker_spi_launch(3, $db{template1})");

@@ -13,7 +13,7 @@ use PostgreSQL::Test::Utils;
 use Test::More;
 
 our @EXPORT = qw(new_node error_is total wait_for_state worker
-  start_psql wait_for_psql finish_psql reload_settings nothing_left);
+  launch_20_at_once start_psql wait_for_psql finish_psql reload_settings nothing_left);
 
 # A started server with the extension in database postgres.  $conf is appended
 # to its configuration; naptime is an hour unless it says otherwise, so that
@@ -159,6 +159,34 @@ sub nothing_left
 					OR application_name = ''))"),
 		'0|0', $test);
 	return;
+}
+
+# 20 sessions launch worker $index at the same time; the pid of the winner's.
+sub launch_20_at_once
+{
+	my ($node, $index) = @_;
+	my $starter = $node->background_psql('postgres');
+	my (@pids, @duplicates);
+
+	$starter->query_safe('SELECT pg_advisory_lock(1)');
+	my @sessions = map {
+		start_psql($node, 'postgres', "launch_$_",
+			"SELECT pg_advisory_lock_shared(1); SELECT worker_spi_launch($index)"
+		)
+	} 1 .. 20;
+	wait_for_psql(@sessions);
+	$starter->query_safe('SELECT pg_advisory_unlock(1)');
+	foreach my $session (@sessions)
+	{
+		my ($out, $err) = finish_psql($session);
+		push @pids, $1 if $out =~ /^(\d+)$/m;
+		push @duplicates, $err
+		  if $err =~ /ERROR:  42710: a worker with index $index already runs/;
+	}
+	$starter->quit;
+	is(scalar(@pids), 1, 'of 20 launches at once one gets a worker');
+	is(scalar(@duplicates), 19, 'and 19 learn that there is one');
+	return $pids[0];
 }
 
 1;
