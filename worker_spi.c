@@ -702,8 +702,12 @@ undo_launch(int code, Datum arg)
 
 /*
  * Wait until the worker is in its loop, and return its pid, or 0 if it ended
- * before.  Its latch-setting, and the postmaster's signal when it ends, wake
- * us up; without shared memory there is only its lock to look at.
+ * before.  We are woken by the worker, when it is ready, and by the
+ * postmaster, when it starts or ends; without shared memory there is only the
+ * worker's lock to look at.
+ *
+ * A worker can be ready before the postmaster has noted its pid.  We wait for
+ * that as well: worker_spi_stop() relies on it.
  */
 static pid_t
 wait_until_ready(Launch *launch, const LOCKTAG *tag)
@@ -712,27 +716,25 @@ wait_until_ready(Launch *launch, const LOCKTAG *tag)
 	{
 		pid_t		pid = 0;
 		BgwHandleStatus status = GetBackgroundWorkerPid(launch->handle, &pid);
-		bool		is_ready;
+		bool		is_ready = false;
 
-		if (launch->slot)
+		if (status == BGWH_STOPPED)
+			return 0;
+
+		if (status == BGWH_STARTED && launch->slot)
 		{
 			Assert(Shared);
 			LWLockAcquire(Shared->lock, LW_EXCLUSIVE);
 			is_ready = launch->slot->state != WORKER_STARTING;
 			if (is_ready)
-			{
-				pid = launch->slot->pid;
 				launch->slot->launcher = NULL;	/* now it is on its own */
-			}
 			LWLockRelease(Shared->lock);
 		}
-		else
+		else if (status == BGWH_STARTED)
 			is_ready = LockHasWaiters(tag, ExclusiveLock, false);
 
 		if (is_ready)
 			return pid;
-		if (status == BGWH_STOPPED)
-			return 0;
 
 		(void) WaitLatch(MyLatch,
 						 WL_LATCH_SET | WL_EXIT_ON_PM_DEATH |

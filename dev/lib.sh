@@ -51,11 +51,18 @@ quietly()
 	return "$rc"
 }
 
+# Only one apt-get at a time: it does not wait for each of its own locks.
+apt_get()
+{
+	quietly "${sudo[@]}" flock /var/lib/apt env DEBIAN_FRONTEND=noninteractive \
+		apt-get -y -o DPkg::Lock::Timeout=600 --no-install-recommends "$@"
+}
+
 # Install what is missing of these packages.  The package lists are fetched
 # only if those that are there will not do.
 install_packages()
 {
-	local missing=() package apt
+	local missing=() package
 
 	for package; do
 		[ "$(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null)" = installed ] ||
@@ -64,12 +71,8 @@ install_packages()
 	[ "${#missing[@]}" -gt 0 ] || return 0
 
 	say "installing ${missing[*]}"
-	apt=("${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get
-		-y -o DPkg::Lock::Timeout=600)
-	"${apt[@]}" install --no-install-recommends "${missing[@]}" \
-		</dev/null >/dev/null 2>&1 && return
-	quietly "${apt[@]}" update || return
-	quietly "${apt[@]}" install --no-install-recommends "${missing[@]}"
+	apt_get install "${missing[@]}" 2>/dev/null ||
+		{ apt_get update && apt_get install "${missing[@]}"; }
 }
 
 # Start the command that called us again as root, if that is not who we are;
