@@ -13,7 +13,7 @@ use PostgreSQL::Test::Utils;
 use Test::More;
 use t::WorkerSpi;
 
-my $node = new_node('keys', <<EOC);
+my $node = new_node('keys', <<EOC, extra => [ '--encoding=UTF8', '--locale=C.UTF-8' ]);
 worker_spi.total_workers = 1
 autovacuum = off
 EOC
