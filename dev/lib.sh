@@ -186,11 +186,18 @@ stop_server()
 # that it leaves behind, end with it, and it ends with us.
 in_namespace()
 {
-	if unshare --mount true 2>/dev/null; then
-		setpriv --pdeathsig KILL unshare --mount --pid --fork --kill-child "$@"
-	else
-		"$@"
-	fi
+	local options
+
+	# The second is for a chroot, the root of which is not a mount.
+	for options in "" "--propagation unchanged"; do
+		# shellcheck disable=SC2086	# words
+		if unshare --mount $options true 2>/dev/null; then
+			setpriv --pdeathsig KILL unshare --mount $options --pid --fork \
+				--kill-child "$@"
+			return
+		fi
+	done
+	"$@"
 }
 
 # Run a command as root in folder $1, in the copy of the tree there.
@@ -200,18 +207,24 @@ in_folder()
 
 	shift
 	cp -L /etc/resolv.conf "$folder/etc/"
-	# What cannot be mounted is done without: the server has other means.
+	# What may not be mounted is done without: the server has other means.
+	# Nothing that happens to this /dev may happen to the machine's.
 	# shellcheck disable=SC2016	# expanded by the inner shell
 	in_namespace bash -c '
-		mount -t proc proc "$0/proc"
-		mount --rbind /dev "$0/dev" && mount -t tmpfs tmpfs "$0/dev/shm"
-		exec 2>&3 3>&- chroot "$0" "$@"' "$folder" \
+		{
+			mount -t proc proc "$0/proc"
+			mount --rbind /dev "$0/dev" && mount --make-rprivate "$0/dev" &&
+				mount -t tmpfs tmpfs "$0/dev/shm"
+		} 2>/dev/null
+		chroot "$0" "$@"
+		rc=$?
+		umount -l "$0/dev/shm" "$0/dev" "$0/proc" 2>/dev/null
+		exit "$rc"' "$folder" \
 		env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root \
 		LANG=C.UTF-8 LC_ALL=C.UTF-8 "WORKER_SPI_FOLDER=$folder" \
 		"COPT=${COPT:-}" "PROVE_FLAGS=${PROVE_FLAGS:-}" \
 		"http_proxy=${http_proxy:-}" "https_proxy=${https_proxy:-}" \
-		bash -c 'cd /src && exec "$@"' bash "$@" \
-		3>&2 2>/dev/null 9>&-
+		bash -c 'cd /src && exec "$@"' bash "$@" 9>&-
 }
 
 # Set $folder to that of the Debian release with server $1, lock it, and copy
