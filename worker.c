@@ -35,14 +35,11 @@
 #include "postmaster/interrupt.h"
 #include "storage/bufmgr.h"
 #include "storage/ipc.h"
-#include "storage/lmgr.h"
 #include "storage/pmsignal.h"
-#include "storage/proc.h"
 #include "tcop/tcopprot.h"
 #include "utils/builtins.h"
 #include "utils/guc.h"
 #include "utils/inval.h"
-#include "utils/lsyscache.h"
 #include "utils/memutils.h"
 #include "utils/rel.h"
 #include "utils/snapmgr.h"
@@ -105,12 +102,13 @@ typedef enum CycleOutcome
 	CYCLE_FAILED
 } CycleOutcome;
 
-/* What one cycle did. */
+/* What a cycle did in the transactions that it has committed. */
 typedef struct CycleResult
 {
 	int64		rows;			/* deltas folded */
 	int64		totals;			/* total rows changed */
-	int64		total;			/* the new total, for a table without keys */
+	int64		total;			/* the last total, for a table without keys */
+	bool		unnotified;		/* has a total changed since the last NOTIFY? */
 } CycleResult;
 
 static emit_log_hook_type prev_emit_log_hook = NULL;
@@ -131,6 +129,7 @@ static char *connected_role;
 static char my_schema[NAMEDATALEN];
 static char my_table[2 * NAMEDATALEN];	/* for messages and notifications */
 static FoldTable Table;
+static CycleResult Cycle;		/* lasts over retries of the cycle */
 static WorkerError logged_error;
 
 /* In a worker: the error it is about to die of. */
@@ -144,14 +143,14 @@ static void detach_slot(int code, Datum arg);
 static bool database_is_wanted(void);
 static void nap(TimestampTz cycle_end, int backoff_ms);
 static CycleOutcome run_cycle(bool may_retry);
-static void fold(CycleResult *result);
+static void fold(void);
 
 /* -------------------------------------------------------------------------
  * The worker: start, loop, nap, exit
  * -------------------------------------------------------------------------
  */
 
-/* Keep of an error what other processes may want to know. */
+/* Copy as much as there is room for, cut between characters; NULL is "". */
 static void
 copy_text(char *target, const char *source)
 {
@@ -162,6 +161,7 @@ copy_text(char *target, const char *source)
 	target[len] = '\0';
 }
 
+/* Keep of an error what other processes may want to know. */
 static void
 copy_error_data(WorkerError *error, const ErrorData *edata)
 {
@@ -297,6 +297,10 @@ worker_spi_main(Datum main_arg)
 	pqsignal(SIGHUP, SignalHandlerForConfigReload);
 	pqsignal(SIGTERM, die);
 
+	/* What is not for the log does not get to its hook either. */
+	if (log_min_messages > FATAL)
+		SetConfigOption("log_min_messages", "fatal",
+						PGC_SUSET, PGC_S_OVERRIDE);
 	prev_emit_log_hook = emit_log_hook;
 	emit_log_hook = remember_fatal_error;
 
@@ -481,20 +485,13 @@ note_error(const WorkerError *error)
 static void
 detach_slot(int code, Datum arg)
 {
-	/*
-	 * A server with BGWORKER_INTERRUPTIBLE terminates, and forgets, such a
-	 * worker when a command needs its database.
-	 */
-	if (Me.interruptible && OidIsValid(MyDatabaseId) && database_is_wanted())
-		leaving_for_good = true;
-
 	lock_slots(LW_EXCLUSIVE);
 	if (fatal_error.sqlstate != 0)
 		note_error(&fatal_error);
 
 	/*
-	 * A dynamic worker whose database or role is gone would fail in the same
-	 * way each time it is started.
+	 * A dynamic worker whose database or role is gone, or whose role may no
+	 * longer log in, would fail in the same way each time it is started.
 	 */
 	if (!Me.is_static &&
 		(fatal_error.sqlstate == ERRCODE_UNDEFINED_DATABASE ||
@@ -515,6 +512,22 @@ detach_slot(int code, Datum arg)
 		free_slot(MySlot);
 	unlock_slots();
 	ConditionVariableBroadcast(&MySlot->changed);
+
+	/*
+	 * Terminated for a command that needs the database?  A server with
+	 * BGWORKER_INTERRUPTIBLE does that, and forgets the worker.  Asked last,
+	 * since an error now would end this callback, but no longer harm the
+	 * slot.
+	 */
+	if (!leaving_for_good && Me.interruptible && OidIsValid(MyDatabaseId) &&
+		database_is_wanted())
+	{
+		leaving_for_good = true;
+		lock_slots(LW_EXCLUSIVE);
+		if (MySlot->generation == Me.generation)
+			free_slot(MySlot);
+		unlock_slots();
+	}
 
 	/*
 	 * Only with exit code 0 does the postmaster forget a worker.  A callback
@@ -682,29 +695,20 @@ cycle_error_context(void *arg)
 }
 
 /*
- * Note the error that ended a cycle, and report it if it is news: one report
- * when it appears, not one each time it is met again, and none if it is our
- * own way of being told to stop.
+ * Report the error that ended a cycle if it is news: once when it appears, not
+ * each time it is met again, and not at all if it is our own way of being told
+ * to stop.
  */
 static void
-report_failure(const ErrorData *edata)
+report_error(const WorkerError *error)
 {
-	WorkerError error;
-	bool		stopping;
-
-	copy_error_data(&error, edata);
-	lock_slots(LW_EXCLUSIVE);
-	note_error(&error);
-	stopping = MySlot->stop;
-	unlock_slots();
-
-	if (stopping ||
-		(error.sqlstate == logged_error.sqlstate &&
-		 strcmp(error.message, logged_error.message) == 0))
+	if (MySlot->stop ||
+		(error->sqlstate == logged_error.sqlstate &&
+		 strcmp(error->message, logged_error.message) == 0))
 		return;
 
 	EmitErrorReport();
-	logged_error = error;
+	logged_error = *error;
 	fatal_error.sqlstate = 0;	/* this one we survive */
 }
 
@@ -721,13 +725,11 @@ run_cycle(bool may_retry)
 {
 	MemoryContext caller_context = CurrentMemoryContext;
 	TimestampTz start = GetCurrentTimestamp();
-	CycleResult result = {0};
 	ErrorContextCallback errcallback;
 	volatile CycleOutcome outcome = CYCLE_OK;
 
 	lock_slots(LW_EXCLUSIVE);
-	if (ready)
-		MySlot->state = WORKER_FOLDING;
+	MySlot->state = ready ? WORKER_FOLDING : WORKER_STARTING;
 	serving = MySlot->fold_requested;
 	unlock_slots();
 
@@ -741,25 +743,28 @@ run_cycle(bool may_retry)
 
 	PG_TRY();
 	{
-		fold(&result);
+		fold();
 	}
 	PG_CATCH();
 	{
 		ErrorData  *edata;
+		WorkerError error;
 
 		/* A cancel or SIGTERM that comes now must wait until we are done. */
 		HOLD_INTERRUPTS();
 
 		MemoryContextSwitchTo(caller_context);
 		edata = CopyErrorData();
+		copy_error_data(&error, edata);
+		FreeErrorData(edata);
 		if (may_retry &&
-			(edata->sqlerrcode == ERRCODE_T_R_SERIALIZATION_FAILURE ||
-			 edata->sqlerrcode == ERRCODE_T_R_DEADLOCK_DETECTED))
+			(error.sqlstate == ERRCODE_T_R_SERIALIZATION_FAILURE ||
+			 error.sqlstate == ERRCODE_T_R_DEADLOCK_DETECTED))
 			outcome = CYCLE_RETRY;
 		else
 		{
 			outcome = CYCLE_FAILED;
-			report_failure(edata);
+			report_error(&error);
 		}
 
 		/*
@@ -768,7 +773,14 @@ run_cycle(bool may_retry)
 		 */
 		AbortCurrentTransaction();
 		FlushErrorState();
-		FreeErrorData(edata);
+
+		/* Not before: until then, what has failed may hold other locks. */
+		if (outcome == CYCLE_FAILED)
+		{
+			lock_slots(LW_EXCLUSIVE);
+			note_error(&error);
+			unlock_slots();
+		}
 
 		RESUME_INTERRUPTS();
 	}
@@ -791,28 +803,31 @@ run_cycle(bool may_retry)
 						my_table)));
 		logged_error.sqlstate = 0;
 	}
-	if (outcome == CYCLE_OK && result.rows > 0 && worker_spi_log_folds)
+	if (Cycle.rows == 0)
+		return outcome;
+
+	/* Even if it failed, what it had committed until then is folded. */
+	if (worker_spi_log_folds)
 	{
 		if (Table.has_keys)
 			ereport(LOG,
 					(errmsg("%s: folded " INT64_FORMAT " rows into " INT64_FORMAT " totals of %s",
-							MyBgworkerEntry->bgw_name, result.rows,
-							result.totals, my_table)));
+							MyBgworkerEntry->bgw_name, Cycle.rows,
+							Cycle.totals, my_table)));
 		else
 			ereport(LOG,
 					(errmsg("%s: count in %s is now " INT64_FORMAT,
 							MyBgworkerEntry->bgw_name, my_table,
-							result.total)));
+							Cycle.total)));
 	}
+	Cycle.rows = Cycle.totals = 0;
 
-	if (outcome == CYCLE_OK && result.rows > 0)
-	{
-		lock_slots(LW_EXCLUSIVE);
-		MySlot->fold_count++;
-		MySlot->last_fold_time = GetCurrentTimestamp();
-		MySlot->last_fold_ms = (MySlot->last_fold_time - start) / 1000.0;
-		unlock_slots();
-	}
+	lock_slots(LW_EXCLUSIVE);
+	MySlot->fold_count++;
+	MySlot->last_fold_time = GetCurrentTimestamp();
+	MySlot->last_fold_ms = (MySlot->last_fold_time - start) / 1000.0;
+	unlock_slots();
+
 	return outcome;
 }
 
@@ -831,8 +846,8 @@ act_as(Oid owner, SavedIdentity *saved)
 		ereport(ERROR,
 				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
 				 errmsg("role \"%s\" cannot act as \"%s\", who owns \"%s\"",
-						GetUserNameFromId(saved->userid, true),
-						GetUserNameFromId(owner, true), my_table)));
+						role_name(saved->userid), role_name(owner),
+						my_table)));
 	SetUserIdAndSecContext(owner,
 						   saved->sec_context | SECURITY_RESTRICTED_OPERATION);
 	saved->guc_nestlevel = NewGUCNestLevel();
@@ -1003,8 +1018,7 @@ has_total_index(Relation rel, Form_pg_attribute type, Bitmapset *key_set,
 				index_set = bms_add_member(index_set,
 										   form->indkey.values[i]);
 
-			if (!form->indimmediate ||
-				bms_is_member(0, index_set) ||	/* an expression */
+			if (bms_is_member(0, index_set) ||	/* an expression */
 				!bms_equal(index_set, key_set) ||
 				(has_keys && !form->indnullsnotdistinct))
 				ereport(ERROR,
@@ -1133,6 +1147,9 @@ describe_table(Relation rel)
 	SPIPlanPtr	plan[NUM_FOLD_STATEMENTS];
 	MemoryContext caller_context;
 
+	/* What we know is no longer true, whatever we find. */
+	Table.valid = false;
+
 	if (type->atttypid != TEXTOID)
 		ereport(ERROR,
 				(errcode(ERRCODE_DATATYPE_MISMATCH),
@@ -1169,7 +1186,7 @@ describe_table(Relation rel)
 	if (!has_total_index(rel, type, key_set, Table.has_keys))
 		return create_index_command(Table.has_keys ? keys.data : NULL);
 
-	/* The old plans go last: if anything fails, they are still there. */
+	/* If a statement cannot be prepared, the old plans are freed next time. */
 	Table.relid = RelationGetRelid(rel);
 	MemoryContextReset(Table.context);
 	caller_context = MemoryContextSwitchTo(Table.context);
@@ -1295,32 +1312,28 @@ result_int64(int n)
 }
 
 /*
- * Fold the deltas in the blocks from .. to - 1.  A trigger of the table's
+ * Fold the deltas in the blocks from .. to - 1, and say in *result what that
+ * comes to.  A trigger of the table's
  * owner can suppress an insert or a delete; then the count would come out
  * wrong, so the whole transaction is given up.
  */
 static void
 fold_blocks(BlockNumber from, BlockNumber to, CycleResult *result)
 {
-	int64		rows;
 	int64		sums;
-	int64		totals;
 
 	run_statement(FOLD_ADD, from, to, SPI_OK_SELECT);
-	rows = result_int64(1);
+	result->rows = result_int64(1);
 	sums = result_int64(2);
-	totals = result_int64(3);
+	result->totals = result_int64(3);
 	result->total = result_int64(4);
 
 	run_statement(FOLD_DELETE, from, to, SPI_OK_DELETE);
-	if ((int64) SPI_processed != rows || sums != totals)
+	if ((int64) SPI_processed != result->rows || sums != result->totals)
 		ereport(ERROR,
 				(errcode(ERRCODE_TRIGGERED_DATA_CHANGE_VIOLATION),
 				 errmsg("cannot fold table \"%s\"", my_table),
 				 errdetail("A trigger keeps rows from being inserted, updated or deleted.")));
-
-	result->rows += rows;
-	result->totals += totals;
 }
 
 /* The table is there and fit: tell the log, and whoever waits for us. */
@@ -1351,7 +1364,7 @@ report_ready(void)
  * next cycle.
  */
 static void
-fold(CycleResult *result)
+fold(void)
 {
 	BlockNumber next = 0;		/* first block not yet folded */
 	BlockNumber nblocks = 0;	/* where the table ended at the start */
@@ -1360,7 +1373,8 @@ fold(CycleResult *result)
 
 	while (!done)
 	{
-		int64		rows_before = result->rows;
+		CycleResult result = {0};	/* of this transaction */
+		bool		notify = false;
 		SavedIdentity saved;
 		Relation	rel;
 
@@ -1408,17 +1422,21 @@ fold(CycleResult *result)
 						BLOCKS_PER_FOLD_WITH_KEYS : BLOCKS_PER_FOLD;
 
 					next = first + Min(range, nblocks - first);
-					fold_blocks(first, next, result);
+					fold_blocks(first, next, &result);
 				}
 				done = (first >= nblocks || next >= nblocks);
 			}
 
-			/* One notification for the cycle, delivered when this commits. */
-			if (done && result->rows > 0 && worker_spi_notify)
+			/*
+			 * One notification for the cycle, delivered when this commits;
+			 * also for what an earlier one did before it failed.
+			 */
+			notify = done && (Cycle.unnotified || result.rows > 0);
+			if (notify && worker_spi_notify)
 				Async_Notify("worker_spi",
 							 Table.has_keys ? my_table :
 							 psprintf("%s " INT64_FORMAT, my_table,
-									  result->total));
+									  result.rows > 0 ? result.total : Cycle.total));
 			PopActiveSnapshot();
 		}
 		if (rel)
@@ -1433,12 +1451,16 @@ fold(CycleResult *result)
 		if (rel && !ready)
 			report_ready();
 
-		if (result->rows > rows_before)
+		if (result.rows > 0)
 		{
+			Cycle.rows += result.rows;
+			Cycle.totals += result.totals;
+			Cycle.total = result.total;
 			lock_slots(LW_EXCLUSIVE);
-			MySlot->folded_rows += result->rows - rows_before;
+			MySlot->folded_rows += result.rows;
 			unlock_slots();
 		}
+		Cycle.unnotified = !notify && (Cycle.unnotified || result.rows > 0);
 
 		/*
 		 * Between two transactions nothing of ours is in anybody's way.  A

@@ -47,7 +47,8 @@ LANGUAGE C VOLATILE PARALLEL UNSAFE;
 COMMENT ON FUNCTION worker_spi_wake()
 IS 'for an AFTER INSERT trigger: wake the worker of the table at commit';
 
--- Reads shared memory only, so any process may.  The names are the view's.
+-- Reads shared memory and catalogs, and changes nothing, so any process may.
+-- The names are the view's.
 CREATE FUNCTION worker_spi_get_workers(
     OUT index pg_catalog.int4,
     OUT kind pg_catalog.text,

@@ -30,10 +30,11 @@
  *		belong to another process by then.
  *
  * Errors
- *		A failed cycle never ends the worker: it is caught in the process,
- *		rolled back as a whole, reported once, and tried again after a growing
- *		delay.  What does end the process is exit code 1, "start me again
- *		after bgw_restart_time", or exit code 0, "forget about me".
+ *		A failed cycle never ends the worker: the error is caught in the
+ *		process, the transaction rolled back, the error reported once, and the
+ *		cycle tried again after a growing delay.  What ends the process, ends
+ *		it with exit code 1, "start me again after bgw_restart_time", or with
+ *		exit code 0, "forget about me".
  *
  * Without shared_preload_libraries there is no shared memory and there are no
  * static workers; launching still works, in a simpler way.
@@ -352,7 +353,8 @@ free_slot(WorkerSlot *slot)
  * What is registered then is in the postmaster's own list, which survives a
  * crash: all static workers but those that were stopped, and the dynamic ones
  * that may be restarted.  Their slots are made from it, so that the slots tell
- * the truth before the first worker has started.
+ * the truth before the first worker has started.  (A worker that was stopped
+ * while it had no process stays in the list until its restart is due.)
  */
 static void
 startup_shmem(void)
@@ -389,7 +391,7 @@ startup_shmem(void)
 			memcpy(&params, rw->rw_worker.bgw_extra, sizeof(params));
 			slot = &Shared->slots[DatumGetInt32(rw->rw_worker.bgw_main_arg)];
 
-			/* A stopped worker's registration may linger; the newer one wins */
+			/* One that lingers may share its slot with a newer one. */
 			if (params.generation > slot->generation)
 				occupy_slot(slot, &params);
 			Shared->last_generation = Max(Shared->last_generation,
@@ -535,7 +537,7 @@ resolve_database(Oid dboid, bool missing_ok)
 	return dboid;
 }
 
-/* The role of a static worker that is not connected, as far as it exists. */
+/* The role of a static worker that is not connected; invalid if it is gone. */
 static Oid
 static_role(void)
 {
@@ -561,6 +563,15 @@ resolve_role(Oid roleoid)
 	return roleoid;
 }
 
+/* The name of a role for a message, or its OID if it is gone. */
+char *
+role_name(Oid roleoid)
+{
+	char	   *name = GetUserNameFromId(roleoid, true);
+
+	return name ? name : psprintf("%u", roleoid);
+}
+
 /* The caller may use a worker's role only as far as SET ROLE would let him. */
 static void
 check_may_act_as(Oid roleoid)
@@ -569,7 +580,7 @@ check_may_act_as(Oid roleoid)
 		ereport(ERROR,
 				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
 				 errmsg("permission denied for a worker of role \"%s\"",
-						GetUserNameFromId(roleoid, true)),
+						role_name(roleoid)),
 				 errdetail("Only members of that role may launch, fold or stop its workers.")));
 }
 
@@ -756,22 +767,16 @@ readable_text(char *text)
 	return text;
 }
 
-/* Raise the last error of a worker as the caller's own, if there was one. */
+/* Raise an error of a worker, if it is one, as the caller's own. */
 static void
-raise_worker_error(WorkerSlot *slot, int index)
+raise_worker_error(WorkerError *error, int index)
 {
-	WorkerError error;
-
-	LWLockAcquire(Shared->lock, LW_SHARED);
-	error = slot->last_error;
-	LWLockRelease(Shared->lock);
-
-	if (error.sqlstate != 0)
+	if (error->sqlstate != 0)
 		ereport(ERROR,
-				(errcode(error.sqlstate),
-				 errmsg_internal("%s", readable_text(error.message)),
-				 error.detail[0] ? errdetail_internal("%s", readable_text(error.detail)) : 0,
-				 error.hint[0] ? errhint("%s", readable_text(error.hint)) : 0,
+				(errcode(error->sqlstate),
+				 errmsg_internal("%s", readable_text(error->message)),
+				 error->detail[0] ? errdetail_internal("%s", readable_text(error->detail)) : 0,
+				 error->hint[0] ? errhint("%s", readable_text(error->hint)) : 0,
 				 errcontext("worker_spi worker %d", index)));
 }
 
@@ -842,13 +847,23 @@ worker_spi_launch(PG_FUNCTION_ARGS)
 		pid = wait_until_ready(&launch, &tag);
 		if (pid == 0)
 		{
-			if (launch.slot && launch.slot->stop)
+			WorkerError error = {0};
+			bool		stopped = false;
+
+			if (launch.slot)
+			{
+				Assert(Shared);
+				LWLockAcquire(Shared->lock, LW_SHARED);
+				stopped = launch.slot->stop;
+				error = launch.slot->last_error;
+				LWLockRelease(Shared->lock);
+			}
+			if (stopped)
 				ereport(ERROR,
 						(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 						 errmsg("worker with index %d was stopped before it was ready",
 								params.index)));
-			if (launch.slot)
-				raise_worker_error(launch.slot, params.index);
+			raise_worker_error(&error, params.index);
 			ereport(ERROR,
 					(errcode(ERRCODE_INSUFFICIENT_RESOURCES),
 					 errmsg("could not start %s", worker.bgw_name),
@@ -880,6 +895,8 @@ find_and_lock_worker(FunctionCallInfo fcinfo)
 	require_shared_memory();
 	static_dboid = resolve_database(InvalidOid, true);
 	static_roleoid = static_role();
+	if (!OidIsValid(static_roleoid))
+		static_roleoid = BOOTSTRAP_SUPERUSERID;
 	dboid = OidIsValid(PG_GETARG_OID(1)) ?
 		resolve_database(PG_GETARG_OID(1), false) : static_dboid;
 
@@ -929,6 +946,7 @@ worker_spi_fold(PG_FUNCTION_ARGS)
 	uint64		generation;
 	uint64		ticket;
 	int64		starts;
+	WorkerError error;
 	bool		gone;
 	bool		served = false;
 	static uint32 wait_event = 0;
@@ -940,6 +958,16 @@ worker_spi_fold(PG_FUNCTION_ARGS)
 	slot = find_and_lock_worker(fcinfo);
 	if (!slot)
 		PG_RETURN_BOOL(false);
+
+	if (slot == MySlot)
+	{
+		/* A trigger that its own fold has fired would wait for ever. */
+		LWLockRelease(Shared->lock);
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("worker with index %d cannot wait for itself",
+						PG_GETARG_INT32(0))));
+	}
 
 	generation = slot->generation;
 	ticket = ++slot->fold_requested;
@@ -961,6 +989,7 @@ worker_spi_fold(PG_FUNCTION_ARGS)
 		gone = slot->generation != generation;
 		served = !gone && slot->fold_ok >= ticket;
 		failed = !gone && slot->fold_done >= ticket;
+		error = slot->last_error;
 		if (slot->starts > starts || (slot->starts == starts && slot->pid == 0))
 			gone = true;
 		LWLockRelease(Shared->lock);
@@ -972,13 +1001,13 @@ worker_spi_fold(PG_FUNCTION_ARGS)
 	ConditionVariableCancelSleep();
 
 	if (!served && !gone)
-		raise_worker_error(slot, PG_GETARG_INT32(0));
+		raise_worker_error(&error, PG_GETARG_INT32(0));
 	if (!served)
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 				 errmsg("worker with index %d is not running",
 						PG_GETARG_INT32(0)),
-				 errhint("Unless it was stopped, the server starts it again within %d seconds; worker_spi_workers shows its last error.",
+				 errhint("Unless it was stopped or has left for good, the server starts it again within %d seconds; worker_spi_workers shows its last error.",
 						 worker_spi_restart_interval)));
 	PG_RETURN_BOOL(true);
 }

@@ -60,6 +60,7 @@ typedef slist_iter registered_iter;
 #define registered_worker(iter) \
 	slist_container(RegisteredBgWorker, rw_lnode, (iter).cur)
 #endif
+
 /* -------------------------------------------------------------------------
  * Types
  * -------------------------------------------------------------------------
@@ -90,17 +91,20 @@ StaticAssertDecl(sizeof(WorkerParams) <= BGW_EXTRALEN,
  * The states of a registered worker.
  *
  *		(free) --launch, server start--> STARTING
- *		STARTING --table adopted--> FOLDING <--> IDLE
- *		FOLDING --error--> BACKOFF --delay over, or asked to--> FOLDING
+ *		STARTING --table adopted--> FOLDING --done--> IDLE --due--> FOLDING
+ *		STARTING, FOLDING --error--> BACKOFF --due--> STARTING, FOLDING
  *		any --exit code 1--> STARTING, without a pid, until restarted
  *		any --exit code 0--> (free)
  *
- * The transitions to STARTING and to free on exit are made by the worker's
- * exit callback, and a slot without a pid is nobody's to touch but for the
- * next process of the same generation, worker_spi_stop(), and, while it waits
- * for its worker, the launcher.  A process that dies without running its exit
- * callback takes all of shared memory with it: the postmaster then ends every
- * process and calls startup_shmem() again.
+ * The worker's own process makes all these transitions, the last two in its
+ * exit callback, but for some while there is no process: a launch occupies the
+ * slot and, if it fails, frees it again, and worker_spi_stop() frees it.  The
+ * next process of the registration, if there is one, finds another generation
+ * in the slot and leaves.  worker_spi_fold() may take a ticket at any time.
+ *
+ * A process that dies without running its exit callback takes all of shared
+ * memory with it: the postmaster then ends every process and calls
+ * startup_shmem() again.
  */
 typedef enum WorkerState
 {
@@ -189,6 +193,7 @@ extern int	worker_spi_wake_delay;
 extern bool worker_spi_notify;
 
 extern void free_slot(WorkerSlot *slot);
+extern char *role_name(Oid roleoid);
 
 /* -------------------------------------------------------------------------
  * The worker, in worker.c

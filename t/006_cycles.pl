@@ -1,0 +1,142 @@
+# Cycles that do not go straight through: one that loses against another
+# transaction, or fails, after it has committed a part; one whose trigger asks
+# for itself; and a worker whose errors are not for the log.
+
+use strict;
+use warnings FATAL => 'all';
+
+use PostgreSQL::Test::Cluster;
+use PostgreSQL::Test::Utils;
+use Test::More;
+use t::WorkerSpi;
+
+my $node = new_node('cycles', <<EOC);
+worker_spi.total_workers = 1
+worker_spi.notify = on
+EOC
+$node->safe_psql('postgres', 'SELECT worker_spi_fold(1)');
+
+# The second transaction of a fold fails with this SQLSTATE, once: a sequence
+# counts what is rolled back, too.
+sub fail_second_transaction
+{
+	my ($sqlstate) = @_;
+
+	$node->safe_psql('postgres', <<EOQ);
+DROP SEQUENCE IF EXISTS transactions;
+CREATE SEQUENCE transactions;
+GRANT ALL ON transactions TO PUBLIC;
+CREATE OR REPLACE FUNCTION fail_once() RETURNS trigger LANGUAGE plpgsql AS \$\$
+BEGIN
+	IF nextval('public.transactions') = 2 THEN
+		RAISE 'second transaction' USING ERRCODE = '$sqlstate';
+	END IF;
+	RETURN NULL;
+END
+\$\$;
+DROP TRIGGER IF EXISTS fail_once ON schema1.counted;
+CREATE TRIGGER fail_once AFTER DELETE ON schema1.counted
+	EXECUTE FUNCTION fail_once();
+INSERT INTO schema1.counted SELECT 'delta', 1 FROM generate_series(1, 200000);
+EOQ
+	return;
+}
+
+# What the log says of counts since $offset.
+sub counts_in_log
+{
+	my ($offset) = @_;
+	my $log = substr slurp_file($node->logfile), $offset;
+	return join ', ', $log =~ /LOG:  worker_spi worker 1: (count .*)/g;
+}
+
+# ------------------------------------------------------------------------
+# Lost against another transaction: the retry is part of the cycle.
+# ------------------------------------------------------------------------
+fail_second_transaction('40001');
+my $offset = -s $node->logfile;
+my ($ret, $out, $err) = $node->psql('postgres',
+	"LISTEN worker_spi;\nSELECT worker_spi_fold(1);\nSELECT 1;");
+is($ret, 0, 'a cycle whose second transaction has to be tried again succeeds');
+my @notified = $out =~ /payload "(.*?)"/g;
+is("@notified", 'schema1.counted 200000', 'it notifies once');
+is(counts_in_log($offset), 'count in schema1.counted is now 200000',
+	'and logs once');
+is(worker($node, 1, "concat_ws(' ', fold_count, folded_rows, failed_count)"),
+	'1 200000 0', 'it counts as one, with the rows of both tries');
+is($node->safe_psql('postgres', 'SELECT last_value FROM transactions'),
+	'4', 'the part that was committed before was not folded again');
+
+# ------------------------------------------------------------------------
+# Failed: what was committed before is folded, logged and counted, and
+# notified with the next cycle.
+# ------------------------------------------------------------------------
+fail_second_transaction('P0001');
+$offset = -s $node->logfile;
+($ret, $out, $err) = $node->psql('postgres',
+	"LISTEN worker_spi;\nSELECT worker_spi_fold(1);\nSELECT 1;");
+like($err, qr/ERROR:  second transaction/, 'a cycle fails in its second transaction');
+unlike($out, qr/payload/, 'it notifies nobody');
+my $total = $node->safe_psql('postgres',
+	"SELECT value FROM schema1.counted WHERE type = 'total'");
+cmp_ok($total, '>', 200000, 'its first transaction has folded a part');
+is(total($node, 1), '400000', 'the sum is right');
+is(counts_in_log($offset), "count in schema1.counted is now $total",
+	'the log tells of that part');
+is(worker($node, 1, "concat_ws(' ', fold_count, folded_rows, failed_count)"),
+	"2 $total 1", 'and so does the view');
+
+$node->safe_psql('postgres',
+	"DROP TRIGGER fail_once ON schema1.counted; DELETE FROM schema1.counted WHERE type = 'delta'");
+($ret, $out, $err) = $node->psql('postgres',
+	"LISTEN worker_spi;\nSELECT worker_spi_fold(1);\nSELECT 1;");
+@notified = $out =~ /payload "(.*?)"/g;
+is("@notified", "schema1.counted $total",
+	'the next cycle, which has nothing to fold, notifies of that part');
+($ret, $out, $err) = $node->psql('postgres',
+	"LISTEN worker_spi;\nSELECT worker_spi_fold(1);\nSELECT 1;");
+unlike($out, qr/payload/, 'and only of that');
+
+# ------------------------------------------------------------------------
+# A trigger that asks for the fold it is part of would wait for ever.
+# ------------------------------------------------------------------------
+$node->safe_psql('postgres', <<'EOQ');
+CREATE FUNCTION ask() RETURNS trigger LANGUAGE plpgsql AS
+	'BEGIN PERFORM public.worker_spi_fold(1); RETURN NULL; END';
+CREATE TRIGGER ask AFTER DELETE ON schema1.counted EXECUTE FUNCTION ask();
+INSERT INTO schema1.counted VALUES ('delta', 1);
+EOQ
+error_is($node, 'postgres', 'SELECT worker_spi_fold(1)', '55000',
+	qr/worker with index 1 cannot wait for itself/,
+	'a trigger cannot wait for the fold that has fired it');
+$node->safe_psql('postgres', 'DROP TRIGGER ask ON schema1.counted');
+is($node->safe_psql('postgres', 'SELECT worker_spi_fold(1)'),
+	't', 'without it, folding goes on');
+
+# ------------------------------------------------------------------------
+# A table made anew with a type that cannot be a key: the statements of the
+# one before are not run on it.
+# ------------------------------------------------------------------------
+$node->safe_psql('postgres', <<'EOQ');
+ALTER SCHEMA schema1 RENAME TO before;
+CREATE SCHEMA schema1;
+CREATE TABLE schema1.counted (type text, value bigint, p point);
+INSERT INTO schema1.counted VALUES ('delta', 1);
+EOQ
+error_is($node, 'postgres', 'SELECT worker_spi_fold(1)', '42704',
+	qr/has no default operator class/, "$_ error is that of the new table")
+  foreach ('the first', 'the second');
+
+# ------------------------------------------------------------------------
+# The launcher gets its worker's error whatever is logged.
+# ------------------------------------------------------------------------
+$node->safe_psql('postgres', 'CREATE ROLE regress_nologin');
+$node->append_conf('postgresql.conf', 'log_min_messages = panic');
+$node->restart;
+error_is($node, 'postgres',
+	"SELECT worker_spi_launch(7, 0, 'regress_nologin'::regrole)",
+	'28000', qr/role "regress_nologin" is not permitted to log in/,
+	'the error of a worker reaches the launcher if only panics are logged');
+
+$node->stop;
+done_testing();
