@@ -637,9 +637,15 @@ nap(TimestampTz cycle_end, int backoff_ms)
 		}
 
 		lock_slots(LW_EXCLUSIVE);
+		if (MySlot->stop)
+		{
+			/* Those who wait for a fold learn it from the exit callback. */
+			unlock_slots();
+			leaving_for_good = true;
+			proc_exit(0);
+		}
 		MySlot->state = backoff_ms ? WORKER_BACKOFF : WORKER_IDLE;
 		MySlot->next_fold_time = next;
-		leaving_for_good = MySlot->stop;
 		MySlot->fold_done = serving;
 		if (!backoff_ms)
 			MySlot->fold_ok = serving;
@@ -651,8 +657,6 @@ nap(TimestampTz cycle_end, int backoff_ms)
 			ConditionVariableBroadcast(&MySlot->changed);
 		first = false;
 
-		if (leaving_for_good)
-			proc_exit(0);
 		if (fold_now || now >= next)
 			break;
 
