@@ -164,15 +164,11 @@ $$;
 EOQ
 
 $start = time();
-my @sessions = map { $node->background_psql('postgres', wait => 0) } (1 .. 30);
-$_->wait_connect foreach (@sessions);
-foreach my $i (1 .. 30)
-{
-	$sessions[ $i - 1 ]->query_until(qr/start/,
-		"\\echo start\nCALL launch_and_stop($i, 10);\n\\echo finished\n");
-}
-$_->query_until(qr/finished/, '') foreach (@sessions);
-$_->quit foreach (@sessions);
+my @sessions = map {
+	start_psql($node, 'postgres', "session_$_", "CALL launch_and_stop($_, 10)")
+} 1 .. 30;
+my $complaints = join '', map { (finish_psql($_))[1] } @sessions;
+is($complaints, '', 'thirty sessions launch and stop workers without a complaint');
 note(sprintf '300 rounds of 30 sessions took %.1f s', time() - $start);
 
 my $outcomes = $node->safe_psql('postgres',

@@ -129,6 +129,15 @@ sub crash
 	my $offset = -s $node->logfile;
 
 	return 0 unless $pid && kill('KILL', $pid);
+
+	# It may have been about to exit.  When it is gone, the postmaster knows
+	# what it died of before it lets anybody else in.
+	my $tries = 10 * $PostgreSQL::Test::Utils::timeout_default;
+	do { $node->psql('postgres', 'SELECT 1') } while (kill(0, $pid) && $tries--);
+	$node->psql('postgres', 'SELECT 1');
+	return 0
+	  unless substr(slurp_file($node->logfile), $offset) =~
+	  /\(PID $pid\) was terminated by signal 9/;
 	$node->wait_for_log(qr/all server processes terminated; reinitializing/,
 		$offset);
 	$node->wait_for_log(qr/database system is ready to accept connections/,
