@@ -272,46 +272,11 @@ invalidate_table(Datum arg, Oid relid)
 }
 
 /*
- * Entry point of every worker; main_arg is the number of its slot.
- *
- * It must not be static and needs PGDLLEXPORT: the postmaster's child looks it
- * up by name.
+ * Be the only worker of our index in this database, for as long as we live.
  */
-void
-worker_spi_main(Datum main_arg)
+static void
+claim_index(void)
 {
-	MemoryContext cycle_context;
-	int			failures = 0;
-	int			retries = 0;
-
-	memcpy(&Me, MyBgworkerEntry->bgw_extra, sizeof(Me));
-	snprintf(my_schema, sizeof(my_schema), "schema%d", Me.index);
-	snprintf(my_table, sizeof(my_table), "%s.counted", my_schema);
-
-	/*
-	 * Signals are blocked until now, so that none is lost before there is a
-	 * handler for it.  The default for SIGTERM does not respect critical
-	 * sections; die() sets a flag that CHECK_FOR_INTERRUPTS() acts upon, and
-	 * so ends a running statement as well.  SIGHUP would be ignored.
-	 */
-	pqsignal(SIGHUP, SignalHandlerForConfigReload);
-	pqsignal(SIGTERM, die);
-
-	/* What is not for the log does not get to its hook either. */
-	if (log_min_messages > FATAL)
-		SetConfigOption("log_min_messages", "fatal",
-						PGC_SUSET, PGC_S_OVERRIDE);
-	prev_emit_log_hook = emit_log_hook;
-	emit_log_hook = remember_fatal_error;
-
-	attach_slot(DatumGetInt32(main_arg));
-	BackgroundWorkerUnblockSignals();
-
-	connect_to_database();
-	pin_settings();
-	nap_wait_event = define_wait_event("WorkerSpiMain");
-	CacheRegisterRelcacheCallback(invalidate_table, (Datum) 0);
-
 	if (Shared)
 	{
 		/*
@@ -356,6 +321,50 @@ worker_spi_main(Datum main_arg)
 		(void) LockAcquire(&tag, ExclusiveLock, true, false);
 		CommitTransactionCommand();
 	}
+}
+
+/*
+ * Entry point of every worker; main_arg is the number of its slot.
+ *
+ * It must not be static and needs PGDLLEXPORT: the postmaster's child looks it
+ * up by name.
+ */
+void
+worker_spi_main(Datum main_arg)
+{
+	MemoryContext cycle_context;
+	int			failures = 0;
+	int			retries = 0;
+
+	memcpy(&Me, MyBgworkerEntry->bgw_extra, sizeof(Me));
+	snprintf(my_schema, sizeof(my_schema), "schema%d", Me.index);
+	snprintf(my_table, sizeof(my_table), "%s.counted", my_schema);
+
+	/*
+	 * Signals are blocked until now, so that none is lost before there is a
+	 * handler for it.  The default for SIGTERM does not respect critical
+	 * sections; die() sets a flag that CHECK_FOR_INTERRUPTS() acts upon, and
+	 * so ends a running statement as well.  SIGHUP would be ignored.
+	 */
+	pqsignal(SIGHUP, SignalHandlerForConfigReload);
+	pqsignal(SIGTERM, die);
+
+	/* What is not for the log does not get to its hook either. */
+	if (log_min_messages > FATAL)
+		SetConfigOption("log_min_messages", "fatal",
+						PGC_SUSET, PGC_S_OVERRIDE);
+	prev_emit_log_hook = emit_log_hook;
+	emit_log_hook = remember_fatal_error;
+
+	attach_slot(DatumGetInt32(main_arg));
+	BackgroundWorkerUnblockSignals();
+
+	connect_to_database();
+	pin_settings();
+	nap_wait_event = define_wait_event("WorkerSpiMain");
+	CacheRegisterRelcacheCallback(invalidate_table, (Datum) 0);
+
+	claim_index();
 
 	/*
 	 * A commit leaves us in TopMemoryContext, where whatever is allocated
@@ -1317,9 +1326,9 @@ result_int64(int n)
 
 /*
  * Fold the deltas in the blocks from .. to - 1, and say in *result what that
- * comes to.  A trigger of the table's
- * owner can suppress an insert or a delete; then the count would come out
- * wrong, so the whole transaction is given up.
+ * comes to.  A trigger of the table's owner can suppress an insert or a
+ * delete; then the count would come out wrong, so the whole transaction is
+ * given up.
  */
 static void
 fold_blocks(BlockNumber from, BlockNumber to, CycleResult *result)
