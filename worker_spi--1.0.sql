@@ -53,10 +53,13 @@ CREATE FUNCTION worker_spi_get_workers(
     OUT index pg_catalog.int4,
     OUT kind pg_catalog.text,
     OUT datid pg_catalog.oid,
+    OUT listed_name pg_catalog.text,
     OUT rolid pg_catalog.oid,
     OUT pid pg_catalog.int4,
     OUT state pg_catalog.text,
     OUT worker_start pg_catalog.timestamptz,
+    OUT folded_until pg_catalog.timestamptz,
+    OUT stuck_rows pg_catalog.int8,
     OUT fold_count pg_catalog.int8,
     OUT folded_rows pg_catalog.int8,
     OUT last_fold_time pg_catalog.timestamptz,
@@ -75,8 +78,10 @@ COMMENT ON FUNCTION worker_spi_get_workers()
 IS 'rows of the view worker_spi_workers, with OIDs instead of names';
 
 CREATE VIEW worker_spi_workers AS
-    SELECT w.index, w.kind, d.datname, r.rolname, w.pid, w.state,
-           w.worker_start, w.fold_count, w.folded_rows, w.last_fold_time,
+    SELECT w.index, w.kind,
+           COALESCE(d.datname, CAST(w.listed_name AS pg_catalog.name)) AS datname,
+           r.rolname, w.pid, w.state, w.worker_start, w.folded_until,
+           w.stuck_rows, w.fold_count, w.folded_rows, w.last_fold_time,
            w.last_fold_ms, w.failed_count, w.last_failed_time, w.last_error,
            w.last_sqlstate, w.next_fold_time, w.restart_count
     FROM worker_spi_get_workers() AS w
@@ -92,15 +97,19 @@ IS 'N of the table schemaN.counted';
 COMMENT ON COLUMN worker_spi_workers.kind
 IS 'static or dynamic';
 COMMENT ON COLUMN worker_spi_workers.datname
-IS 'database the worker is connected to';
+IS 'database that the worker serves';
 COMMENT ON COLUMN worker_spi_workers.rolname
-IS 'role the worker is connected as';
+IS 'role that the worker acts for';
 COMMENT ON COLUMN worker_spi_workers.pid
-IS 'process id; null while the worker waits to be started';
+IS 'process id; null if there is no process';
 COMMENT ON COLUMN worker_spi_workers.state
-IS 'starting, idle, folding or backoff';
+IS 'starting, idle, folding, backoff, down (the server will start it) or stopped';
 COMMENT ON COLUMN worker_spi_workers.worker_start
 IS 'start of the current or last process';
+COMMENT ON COLUMN worker_spi_workers.folded_until
+IS 'every delta visible by then is in a total, or stuck';
+COMMENT ON COLUMN worker_spi_workers.stuck_rows
+IS 'deltas that cannot be folded; a lower bound if there are very many';
 COMMENT ON COLUMN worker_spi_workers.fold_count
 IS 'cycles that folded something';
 COMMENT ON COLUMN worker_spi_workers.folded_rows

@@ -1,13 +1,14 @@
 /* -------------------------------------------------------------------------
  *
  * worker_spi.c
- *		Background workers that fold the deltas of a counter into its total.
+ *		Background workers that fold the deltas of a counter into its total:
+ *		the module as the server and the user see it.
  *
  * An UPDATE of one hot row by many clients queues up on the row's lock;
- * INSERTs do not.  So clients insert rows ('delta', n) into schemaN.counted,
- * and a background worker, number N, adds them to the one row ('total', m)
- * every now and then, deleting them in the same transaction.  At every
- * instant, for every snapshot, sum(value) over the table is the true count.
+ * INSERTs do not.  So clients insert deltas into schemaN.counted, and a
+ * background worker, number N, adds them to the one row ('total', m) every now
+ * and then, deleting them in the same transaction.  At every instant, for
+ * every snapshot, sum(value) over the table is the true count.
  *
  * Processes
  *		postmaster		loads the library, registers the static workers, starts
@@ -17,27 +18,12 @@
  *						and the trigger that wakes a worker at commit
  *
  * Data flow
- *		The postmaster hands a worker its number and database in bgw_extra, by
+ *		The postmaster hands a worker what it must know in bgw_extra, by
  *		value: a pointer would mean nothing in another process.  Everything
- *		else that processes tell each other stands in one WorkerSlot for each
- *		registered worker, in shared memory.
+ *		else that processes tell each other goes through slot.c.
  *
- * Locking
- *		One LWLock guards all slots.  It is held to copy a few fields, never
- *		while anything can raise an error, wait or run SQL.  Latches are set,
- *		and signals sent, while it is held: the worker clears its latch and
- *		pid from the slot under the same lock before it exits, so neither can
- *		belong to another process by then.
- *
- * Errors
- *		A failed cycle never ends the worker: the error is caught in the
- *		process, the transaction rolled back, the error reported once, and the
- *		cycle tried again after a growing delay.  What ends the process, ends
- *		it with exit code 1, "start me again after bgw_restart_time", or with
- *		exit code 0, "forget about me".
- *
- * Without shared_preload_libraries there is no shared memory and there are no
- * static workers; launching still works, in a simpler way.
+ * In this file: the settings, the registration of the static workers, and the
+ * SQL functions.  worker_spi.h says what is in the others.
  *
  * Copyright (c) 2026, worker_spi contributors
  *
@@ -46,34 +32,32 @@
 
 #include "postgres.h"
 
-#include <signal.h>
-
-#include "access/xact.h"
+#include "access/xlog.h"
 #include "catalog/pg_authid.h"
 #include "catalog/pg_database.h"
 #include "catalog/pg_type.h"
 #include "commands/dbcommands.h"
-#include "commands/trigger.h"
 #include "fmgr.h"
 #include "funcapi.h"
 #include "mb/pg_wchar.h"
 #include "miscadmin.h"
 #include "pgstat.h"
 #include "storage/ipc.h"
-#include "storage/shmem.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
+#include "utils/fmgrprotos.h"
 #include "utils/guc.h"
 #include "utils/lsyscache.h"
-#include "utils/memutils.h"
-#include "utils/rel.h"
 #include "utils/syscache.h"
 #include "worker_spi.h"
 
 #define WORKER_SPI_VERSION "1.0"
 
 #ifdef PG_MODULE_MAGIC_EXT		/* 18: pg_get_loaded_modules() shows these */
-PG_MODULE_MAGIC_EXT(.name = "worker_spi",.version = WORKER_SPI_VERSION);
+PG_MODULE_MAGIC_EXT(
+					.name = "worker_spi",
+					.version = WORKER_SPI_VERSION
+);
 #else
 PG_MODULE_MAGIC;
 #endif
@@ -87,58 +71,51 @@ PG_MODULE_MAGIC;
 typedef struct Launch
 {
 	BackgroundWorkerHandle *handle;
-	WorkerSlot *slot;			/* NULL without shared memory */
-	uint64		generation;
+	SlotRef		ref;
 } Launch;
 
-/* A worker to wake when the current transaction commits. */
-typedef struct PendingWake
-{
-	int			index;
-	int			nestlevel;		/* of the subtransaction that asked for it */
-} PendingWake;
+/* How often a launcher looks whether the worker waits for a lock. */
+#define LAUNCH_POLL_MS		100
+
+#define COMMIT_HINT \
+	"If this transaction has changed the worker's table, schema or database, commit it first."
+
+/* How often somebody who waits for a fold looks for the same. */
+#define FOLD_POLL_MS		1000
 
 /* -------------------------------------------------------------------------
- * Shared state, settings, and what a process keeps for itself
+ * State
  * -------------------------------------------------------------------------
  */
 
 /* Names of the states, for the view; in the order of WorkerState. */
 static const char *const state_names[] = {
-	"starting", "idle", "folding", "backoff"
+	"starting", "idle", "folding", "backoff", "down", "stopped"
 };
-
-/* Shared memory; NULL when the library is not preloaded. */
-WorkerSpiShared *Shared = NULL;
-
-static shmem_request_hook_type prev_shmem_request_hook = NULL;
-static shmem_startup_hook_type prev_shmem_startup_hook = NULL;
 
 /* Settings. */
 int			worker_spi_naptime = 10;
 static int	worker_spi_total_workers = 2;
 char	   *worker_spi_database = NULL;
 char	   *worker_spi_role = NULL;
-static int	worker_spi_restart_interval = 5;
+int			worker_spi_restart_interval = 5;
 bool		worker_spi_log_folds = true;
 int			worker_spi_wake_delay = 50;
 bool		worker_spi_notify = false;
 
-/* In a backend: workers to wake at commit. */
-static List *pending_wakes = NIL;
+/* In the postmaster: how many databases have static workers. */
+static int	num_databases = 0;
 
 PG_FUNCTION_INFO_V1(worker_spi_launch);
 PG_FUNCTION_INFO_V1(worker_spi_fold);
 PG_FUNCTION_INFO_V1(worker_spi_stop);
-PG_FUNCTION_INFO_V1(worker_spi_wake);
 PG_FUNCTION_INFO_V1(worker_spi_get_workers);
 
 void		_PG_init(void);
 
-static bool check_database(char **newval, void **extra, GucSource source);
-static bool check_role(char **newval, void **extra, GucSource source);
-static void request_shmem(void);
-static void startup_shmem(void);
+static void define_settings(void);
+static void define_start_settings(void);
+static void register_static_workers(void);
 static void fill_worker(BackgroundWorker *worker, const WorkerParams *params,
 						int slotno, pid_t notify_pid);
 
@@ -155,6 +132,74 @@ static void fill_worker(BackgroundWorker *worker, const WorkerParams *params,
 void
 _PG_init(void)
 {
+	define_settings();
+	if (process_shared_preload_libraries_in_progress)
+		define_start_settings();
+
+	/* A misspelt worker_spi.something is refused instead of ignored. */
+	MarkGUCPrefixReserved("worker_spi");
+
+	/*
+	 * pg_upgrade starts both clusters with their libraries loaded.  A worker
+	 * would write into one of them, or hold the connection that pg_upgrade
+	 * must not find.
+	 */
+	if (process_shared_preload_libraries_in_progress && !IsBinaryUpgrade)
+		register_static_workers();
+}
+
+/*
+ * The databases become names of objects; a list that cannot be read is refused
+ * when it is set.  At server start there is no value to fall back on but the
+ * default, in which nobody wants a worker: there _PG_init() looks at it.
+ */
+static bool
+check_database(char **newval, void **extra, GucSource source)
+{
+	List	   *names;
+	const char *problem;
+
+	if (process_shared_preload_libraries_in_progress)
+		return true;
+
+	problem = slot_parse_list(*newval, &names);
+	list_free_deep(names);
+	if (problem)
+		GUC_check_errdetail("%s", problem);
+	return problem == NULL;
+}
+
+/* Tell, once for a reload, that there are too few workers for the list. */
+static void
+assign_database(const char *newval, void *extra)
+{
+	List	   *names;
+
+	if (num_databases == 0 || IsUnderPostmaster ||
+		strcmp(newval, worker_spi_database) == 0)
+		return;
+	(void) slot_parse_list(newval, &names);
+	if (list_length(names) > num_databases)
+		ereport(LOG,
+				(errmsg("parameter \"worker_spi.database\" names %d databases, but the server was started with static workers for %d; the rest takes effect at the next server start",
+						list_length(names), num_databases)));
+	list_free_deep(names);
+}
+
+static bool
+check_role(char **newval, void **extra, GucSource source)
+{
+	if (strlen(*newval) >= NAMEDATALEN)
+	{
+		GUC_check_errdetail("A name has at most %d bytes.", NAMEDATALEN - 1);
+		return false;
+	}
+	return true;
+}
+
+static void
+define_settings(void)
+{
 	DefineCustomIntVariable("worker_spi.naptime",
 							"Sets how long a worker sleeps between two cycles.",
 							NULL,
@@ -167,13 +212,13 @@ _PG_init(void)
 							NULL, NULL, NULL);
 
 	DefineCustomStringVariable("worker_spi.database",
-							   "Sets the database of the static workers.",
-							   "It is also that of worker_spi_launch() without a database.",
+							   "Sets the databases of the static workers.",
+							   "A comma-separated list; each has worker_spi.total_workers of them.",
 							   &worker_spi_database,
 							   "postgres",
 							   PGC_SIGHUP,
 							   0,
-							   check_database, NULL, NULL);
+							   check_database, assign_database, NULL);
 
 	DefineCustomStringVariable("worker_spi.role",
 							   "Sets the role of the static workers.",
@@ -212,218 +257,88 @@ _PG_init(void)
 							 PGC_SIGHUP,
 							 0,
 							 NULL, NULL, NULL);
-
-	/*
-	 * The rest takes effect at server start only, and a PGC_POSTMASTER
-	 * variable defined later would be a fatal error for the session.
-	 */
-	if (process_shared_preload_libraries_in_progress)
-	{
-		DefineCustomIntVariable("worker_spi.total_workers",
-								"Sets the number of static workers.",
-								NULL,
-								&worker_spi_total_workers,
-								2,
-								0,
-								100,
-								PGC_POSTMASTER,
-								0,
-								NULL, NULL, NULL);
-
-		DefineCustomIntVariable("worker_spi.restart_interval",
-								"Sets after how long the server restarts a worker that ended.",
-								NULL,
-								&worker_spi_restart_interval,
-								5,
-								1,
-								3600,
-								PGC_POSTMASTER,
-								GUC_UNIT_S,
-								NULL, NULL, NULL);
-	}
-
-	/* A misspelt worker_spi.something is refused instead of ignored. */
-	MarkGUCPrefixReserved("worker_spi");
-
-	if (!process_shared_preload_libraries_in_progress)
-		return;
-
-	/*
-	 * pg_upgrade starts both clusters with their libraries loaded.  A worker
-	 * would write into one of them, or hold the connection that pg_upgrade
-	 * must not find.
-	 */
-	if (IsBinaryUpgrade)
-		return;
-
-	/* Other libraries want shared memory too, so call them first. */
-	prev_shmem_request_hook = shmem_request_hook;
-	shmem_request_hook = request_shmem;
-	prev_shmem_startup_hook = shmem_startup_hook;
-	shmem_startup_hook = startup_shmem;
-
-	for (int i = 1; i <= worker_spi_total_workers; i++)
-	{
-		BackgroundWorker worker;
-		WorkerParams params = {.generation = i,.index = i,.is_static = true};
-
-		fill_worker(&worker, &params, i - 1, 0);
-		RegisterBackgroundWorker(&worker);
-	}
 }
 
 /*
- * Both strings become names of objects; one that cannot be a name is refused
- * when it is set, not each time a worker starts.
+ * These take effect at server start only.  Not without preload: a variable of
+ * that kind that is defined later is a fatal error for the session.
  */
-static bool
-check_database(char **newval, void **extra, GucSource source)
-{
-	if ((*newval)[0] == '\0')
-	{
-		GUC_check_errdetail("The name of a database cannot be empty.");
-		return false;
-	}
-	return check_role(newval, extra, source);
-}
-
-static bool
-check_role(char **newval, void **extra, GucSource source)
-{
-	if (strlen(*newval) >= NAMEDATALEN)
-	{
-		GUC_check_errdetail("A name has at most %d bytes.", NAMEDATALEN - 1);
-		return false;
-	}
-	return true;
-}
-
-/* -------------------------------------------------------------------------
- * Shared memory
- * -------------------------------------------------------------------------
- */
-
-/* Every registered worker has a slot, and there can be no more than these. */
-static Size
-shmem_size(void)
-{
-	return add_size(offsetof(WorkerSpiShared, slots),
-					mul_size(max_worker_processes, sizeof(WorkerSlot)));
-}
-
-/* Ask for shared memory, at the only time when that is possible. */
 static void
-request_shmem(void)
+define_start_settings(void)
 {
-	if (prev_shmem_request_hook)
-		prev_shmem_request_hook();
+	DefineCustomIntVariable("worker_spi.total_workers",
+							"Sets the number of static workers in each database.",
+							NULL,
+							&worker_spi_total_workers,
+							2,
+							0,
+							100,
+							PGC_POSTMASTER,
+							0,
+							NULL, NULL, NULL);
 
-	RequestAddinShmemSpace(MAXALIGN(shmem_size()));
-	RequestNamedLWLockTranche("worker_spi", 1);
-}
-
-/* Give a free slot to a registration.  The caller holds the lock. */
-static void
-occupy_slot(WorkerSlot *slot, const WorkerParams *params)
-{
-	memset(slot, 0, offsetof(WorkerSlot, wake));
-	slot->generation = params->generation;
-	slot->params = *params;
-	slot->dboid = params->dboid;
-	slot->roleoid = params->roleoid;
-	slot->state = WORKER_STARTING;
-	pg_atomic_write_u32(&slot->wake, 0);
+	DefineCustomIntVariable("worker_spi.restart_interval",
+							"Sets after how long the server restarts a worker that ended.",
+							NULL,
+							&worker_spi_restart_interval,
+							5,
+							1,
+							3600,
+							PGC_POSTMASTER,
+							GUC_UNIT_S,
+							NULL, NULL, NULL);
 }
 
 /*
- * Forget a registration.  The caller holds the lock, and has yet to wake those
- * who wait for the slot to change.
- */
-void
-free_slot(WorkerSlot *slot)
-{
-	slot->generation = 0;
-	slot->dboid = InvalidOid;
-}
-
-/*
- * Set up shared memory: at server start, and once more after each crash, when
- * all of it is gone.
- *
- * What is registered then is in the postmaster's own list, which survives a
- * crash: all static workers but those that were stopped, and the dynamic ones
- * that may be restarted.  Their slots are made from it, so that the slots tell
- * the truth before the first worker has started.  (A worker that was stopped
- * while it had no process stays in the list until its restart is due.)
+ * Register total_workers static workers for each database of the list, as far
+ * as the server has room for them.
  */
 static void
-startup_shmem(void)
+register_static_workers(void)
 {
-	bool		found;
+	List	   *databases;
+	ListCell   *lc;
+	const char *problem = slot_parse_list(worker_spi_database, &databases);
+	int			wanted = list_length(databases) * worker_spi_total_workers;
+	int			room = max_worker_processes;
+	WorkerParams *params = palloc0(Max(wanted, 1) * sizeof(WorkerParams));
 	registered_iter iter;
+	int			n = 0;
 
-	if (prev_shmem_startup_hook)
-		prev_shmem_startup_hook();
+	if (problem && !IsUnderPostmaster)
+		ereport(LOG,
+				(errmsg("worker_spi starts no static worker: invalid value for parameter \"worker_spi.database\": \"%s\"",
+						worker_spi_database)));
 
-	LWLockAcquire(AddinShmemInitLock, LW_EXCLUSIVE);
-	Shared = ShmemInitStruct("worker_spi", shmem_size(), &found);
-	if (!found)
+	/* The server would refuse each of those that are too many, one by one. */
+	registered_foreach(iter)
+		room--;
+	if (wanted > room && !IsUnderPostmaster)
+		ereport(LOG,
+				(errmsg("worker_spi starts only %d of %d static workers: \"max_worker_processes\" is %d and must be at least %d",
+						Max(room, 0), wanted, max_worker_processes,
+						max_worker_processes - room + wanted)));
+
+	foreach(lc, databases)
 	{
-		memset(Shared, 0, shmem_size());
-		Shared->lock = &GetNamedLWLockTranche("worker_spi")->lock;
-		Shared->nslots = max_worker_processes;
-		for (int i = 0; i < Shared->nslots; i++)
+		for (int i = 1; i <= worker_spi_total_workers && n < room; i++)
 		{
-			pg_atomic_init_u32(&Shared->slots[i].wake, 0);
-			ConditionVariableInit(&Shared->slots[i].changed);
-		}
+			BackgroundWorker worker;
 
-		registered_foreach(iter)
-		{
-			RegisteredBgWorker *rw = registered_worker(iter);
-			WorkerParams params;
-			WorkerSlot *slot;
-
-			if (rw->rw_terminate ||
-				strcmp(rw->rw_worker.bgw_library_name, "worker_spi") != 0)
-				continue;
-
-			memcpy(&params, rw->rw_worker.bgw_extra, sizeof(params));
-			slot = &Shared->slots[DatumGetInt32(rw->rw_worker.bgw_main_arg)];
-
-			/* One that lingers may share its slot with a newer one. */
-			if (params.generation > slot->generation)
-				occupy_slot(slot, &params);
-			Shared->last_generation = Max(Shared->last_generation,
-										  params.generation);
+			params[n].generation = n + 1;
+			params[n].index = i;
+			params[n].is_static = true;
+			namestrcpy(&params[n].database, lfirst(lc));
+			fill_worker(&worker, &params[n], n, 0);
+			RegisterBackgroundWorker(&worker);
+			n++;
 		}
 	}
-	LWLockRelease(AddinShmemInitLock);
+	num_databases = list_length(databases);
+	slot_init(n, params);
+	pfree(params);
+	list_free_deep(databases);
 }
-
-/*
- * Find the slot of worker index in database dboid.  A static worker that is
- * not connected counts for static_dboid, the database it will connect to.  The
- * caller holds the lock.
- */
-static WorkerSlot *
-find_slot(int index, Oid dboid, Oid static_dboid)
-{
-	for (int i = 0; i < Shared->nslots; i++)
-	{
-		WorkerSlot *slot = &Shared->slots[i];
-
-		if (slot->generation != 0 && slot->params.index == index &&
-			(OidIsValid(slot->dboid) ? slot->dboid : static_dboid) == dboid)
-			return slot;
-	}
-	return NULL;
-}
-
-/* -------------------------------------------------------------------------
- * Registration
- * -------------------------------------------------------------------------
- */
 
 /*
  * Fill in the registration of a worker of either kind.
@@ -443,11 +358,10 @@ fill_worker(BackgroundWorker *worker, const WorkerParams *params, int slotno,
 	memset(worker, 0, sizeof(*worker));
 	worker->bgw_flags = BGWORKER_SHMEM_ACCESS |
 		BGWORKER_BACKEND_DATABASE_CONNECTION;
-#ifdef BGWORKER_INTERRUPTIBLE
+
 	/* A static worker so marked would be unregistered, and never return. */
 	if (params->interruptible)
 		worker->bgw_flags |= BGWORKER_INTERRUPTIBLE;
-#endif
 
 	/* Not on a standby, where there is nothing to write. */
 	worker->bgw_start_time = BgWorkerStart_RecoveryFinished;
@@ -471,7 +385,7 @@ fill_worker(BackgroundWorker *worker, const WorkerParams *params, int slotno,
 }
 
 /* -------------------------------------------------------------------------
- * SQL functions
+ * SQL functions: what they have in common
  * -------------------------------------------------------------------------
  */
 
@@ -502,17 +416,24 @@ check_index(int index)
 static void
 require_shared_memory(void)
 {
-	if (!Shared)
+	if (!slot_have_memory())
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 				 errmsg("worker_spi must be loaded via \"shared_preload_libraries\""),
 				 errhint("Add worker_spi to \"shared_preload_libraries\" and restart the server.")));
 }
 
-/* A worker starts when recovery has ended, and nobody can wait that long. */
+/*
+ * A worker starts when recovery has ended, and nobody can wait that long; and
+ * it is the postmaster that starts it.
+ */
 static void
-require_no_recovery(void)
+require_postmaster(void)
 {
+	if (!IsUnderPostmaster)
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("background workers do not run in single-user mode")));
 	if (RecoveryInProgress())
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
@@ -520,15 +441,12 @@ require_no_recovery(void)
 				 errhint("Workers run on the primary server only.")));
 }
 
-/*
- * The database that a caller means by dboid.  With 0 it is that of the static
- * workers, invalid if there is no such database and missing_ok.
- */
+/* The database that a caller means by dboid: with 0, its own. */
 static Oid
-resolve_database(Oid dboid, bool missing_ok)
+resolve_database(Oid dboid)
 {
 	if (!OidIsValid(dboid))
-		return get_database_oid(worker_spi_database, missing_ok);
+		return MyDatabaseId;
 
 	if (!SearchSysCacheExists1(DATABASEOID, ObjectIdGetDatum(dboid)))
 		ereport(ERROR,
@@ -537,13 +455,85 @@ resolve_database(Oid dboid, bool missing_ok)
 	return dboid;
 }
 
-/* The role of a static worker that is not connected; invalid if it is gone. */
+/* The role of a worker, or that which it would have if it were connected. */
 static Oid
-static_role(void)
+worker_role(const WorkerStatus *status)
 {
+	if (OidIsValid(status->roleoid))
+		return status->roleoid;
+	if (!status->params.is_static)
+		return status->params.roleoid;
 	return worker_spi_role[0] != '\0' ?
 		get_role_oid(worker_spi_role, true) : BOOTSTRAP_SUPERUSERID;
 }
+
+/*
+ * The caller may use a worker's role only as far as SET ROLE would let it; a
+ * role that does not exist is a superuser's affair.
+ */
+static void
+check_may_act_as(Oid roleoid)
+{
+	char	   *name = GetUserNameFromId(roleoid, true);
+
+	if (!can_act_as(GetUserId(), name ? roleoid : BOOTSTRAP_SUPERUSERID))
+		ereport(ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+				 errmsg("permission denied for a worker of role \"%s\"",
+						name ? name : psprintf("%u", roleoid)),
+				 errdetail("Only members of that role may launch, fold or stop its workers.")));
+}
+
+/*
+ * Find the worker that the first two arguments name, if there is one, and
+ * check that the caller may use it.
+ */
+static bool
+find_worker(FunctionCallInfo fcinfo, SlotRef *ref)
+{
+	int			index = PG_GETARG_INT32(0);
+	Oid			dboid;
+	WorkerStatus status;
+
+	check_index(index);
+	require_shared_memory();
+	dboid = resolve_database(PG_GETARG_OID(1));
+	if (!slot_find(index, dboid, get_database_name(dboid), ref) ||
+		!slot_get_status(ref->slotno, &status) ||
+		status.params.generation != ref->generation)
+		return false;
+	check_may_act_as(worker_role(&status));
+	return true;
+}
+
+/* A text from a worker, whose database may have another encoding than ours. */
+static char *
+readable_text(char *text)
+{
+	if (!pg_verifymbstr(text, strlen(text), true))
+		for (char *p = text; *p; p++)
+			if (IS_HIGHBIT_SET(*p))
+				*p = '?';
+	return text;
+}
+
+/* Raise an error of a worker, if it is one, as the caller's own. */
+static void
+raise_worker_error(WorkerError *error, int index)
+{
+	if (error->sqlstate != 0)
+		ereport(ERROR,
+				(errcode(error->sqlstate),
+				 errmsg_internal("%s", readable_text(error->message)),
+				 error->detail[0] ? errdetail_internal("%s", readable_text(error->detail)) : 0,
+				 error->hint[0] ? errhint("%s", readable_text(error->hint)) : 0,
+				 errcontext("worker_spi worker %d", index)));
+}
+
+/* -------------------------------------------------------------------------
+ * Launching
+ * -------------------------------------------------------------------------
+ */
 
 /* The role that the caller of worker_spi_launch() means by roleoid. */
 static Oid
@@ -561,27 +551,6 @@ resolve_role(Oid roleoid)
 				(errcode(ERRCODE_UNDEFINED_OBJECT),
 				 errmsg("role with OID %u does not exist", roleoid)));
 	return roleoid;
-}
-
-/* The name of a role for a message, or its OID if it is gone. */
-char *
-role_name(Oid roleoid)
-{
-	char	   *name = GetUserNameFromId(roleoid, true);
-
-	return name ? name : psprintf("%u", roleoid);
-}
-
-/* The caller may use a worker's role only as far as SET ROLE would let him. */
-static void
-check_may_act_as(Oid roleoid)
-{
-	if (!can_act_as(GetUserId(), roleoid))
-		ereport(ERROR,
-				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
-				 errmsg("permission denied for a worker of role \"%s\"",
-						role_name(roleoid)),
-				 errdetail("Only members of that role may launch, fold or stop its workers.")));
 }
 
 /* Translate the flags argument of worker_spi_launch(). */
@@ -632,15 +601,6 @@ parse_flags(ArrayType *array)
 }
 
 static void
-duplicate_worker_error(int index)
-{
-	ereport(ERROR,
-			(errcode(ERRCODE_DUPLICATE_OBJECT),
-			 errmsg("a worker with index %d already runs in that database",
-					index)));
-}
-
-static void
 no_slot_error(void)
 {
 	ereport(ERROR,
@@ -648,37 +608,6 @@ no_slot_error(void)
 			 errmsg("no background worker slot is left"),
 			 errhint("Consider increasing the configuration parameter \"max_worker_processes\", which is %d.",
 					 max_worker_processes)));
-}
-
-/* Reserve a slot for a launch, of which there can be only one at a time. */
-static WorkerSlot *
-reserve_slot(WorkerParams *params)
-{
-	Oid			static_dboid = resolve_database(InvalidOid, true);
-	WorkerSlot *slot = NULL;
-	bool		duplicate;
-
-	LWLockAcquire(Shared->lock, LW_EXCLUSIVE);
-	duplicate = find_slot(params->index, params->dboid, static_dboid) != NULL;
-	if (!duplicate)
-	{
-		for (int i = 0; i < Shared->nslots && !slot; i++)
-			if (Shared->slots[i].generation == 0)
-				slot = &Shared->slots[i];
-		if (slot)
-		{
-			params->generation = ++Shared->last_generation;
-			occupy_slot(slot, params);
-			slot->launcher = MyLatch;
-		}
-	}
-	LWLockRelease(Shared->lock);
-
-	if (duplicate)
-		duplicate_worker_error(params->index);
-	if (!slot)
-		no_slot_error();
-	return slot;
 }
 
 /*
@@ -700,15 +629,35 @@ undo_launch(int code, Datum arg)
 		(void) WaitForBackgroundWorkerShutdown(launch->handle);
 		RESUME_INTERRUPTS();
 	}
-	if (launch->slot)
+	slot_unreserve(&launch->ref);
+}
+
+/*
+ * Does this process wait for a lock that we hold, or that somebody holds who
+ * waits for us in the same way?
+ */
+static bool
+waits_for_us(pid_t pid)
+{
+	List	   *pids = list_make1_int(pid);
+	ListCell   *lc;
+	bool		found;
+
+	foreach(lc, pids)
 	{
-		Assert(Shared);
-		LWLockAcquire(Shared->lock, LW_EXCLUSIVE);
-		if (launch->slot->generation == launch->generation)
-			free_slot(launch->slot);
-		LWLockRelease(Shared->lock);
-		ConditionVariableBroadcast(&launch->slot->changed);
+		ArrayType  *blockers =
+			DatumGetArrayTypeP(DirectFunctionCall1(pg_blocking_pids,
+												   Int32GetDatum(lfirst_int(lc))));
+		int			n = ArrayGetNItems(ARR_NDIM(blockers), ARR_DIMS(blockers));
+
+		for (int i = 0; i < n; i++)
+			pids = list_append_unique_int(pids,
+										  ((int32 *) ARR_DATA_PTR(blockers))[i]);
+		pfree(blockers);
 	}
+	found = list_member_int(pids, MyProcPid);
+	list_free(pids);
+	return found;
 }
 
 /*
@@ -719,357 +668,268 @@ undo_launch(int code, Datum arg)
  *
  * A worker can be ready before the postmaster has noted its pid.  We wait for
  * that as well: worker_spi_stop() relies on it.
+ *
+ * A worker that waits for a lock that our own transaction holds, or that is
+ * held by one who waits for us, will never be ready, and no deadlock detector
+ * knows: we wait for it on a latch.
  */
 static pid_t
-wait_until_ready(Launch *launch, const LOCKTAG *tag)
+wait_until_ready(const Launch *launch, const WorkerParams *params)
 {
 	for (;;)
 	{
 		pid_t		pid = 0;
 		BgwHandleStatus status = GetBackgroundWorkerPid(launch->handle, &pid);
-		bool		is_ready = false;
 
 		if (status == BGWH_STOPPED)
 			return 0;
-
-		if (status == BGWH_STARTED && launch->slot)
+		if (status == BGWH_STARTED)
 		{
-			Assert(Shared);
-			LWLockAcquire(Shared->lock, LW_EXCLUSIVE);
-			is_ready = launch->slot->state != WORKER_STARTING;
-			if (is_ready)
-				launch->slot->launcher = NULL;	/* now it is on its own */
-			LWLockRelease(Shared->lock);
-		}
-		else if (status == BGWH_STARTED)
-			is_ready = LockHasWaiters(tag, ExclusiveLock, false);
+			bool		behind_us = waits_for_us(pid);
 
-		if (is_ready)
-			return pid;
+			/* Without shared memory, to wait for us is to be ready. */
+			if (slot_launched(&launch->ref, params))
+				return pid;
+			if (behind_us)
+				ereport(ERROR,
+						(errcode(ERRCODE_LOCK_NOT_AVAILABLE),
+						 errmsg("worker with index %d waits for a lock and could not get ready",
+								params->index),
+						 errhint("%s", COMMIT_HINT)));
+		}
 
 		(void) WaitLatch(MyLatch,
-						 WL_LATCH_SET | WL_EXIT_ON_PM_DEATH |
-						 (launch->slot ? 0 : WL_TIMEOUT),
-						 10, WAIT_EVENT_BGWORKER_STARTUP);
+						 WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
+						 slot_have_memory() ? LAUNCH_POLL_MS : LAUNCH_POLL_MS / 10,
+						 WAIT_EVENT_BGWORKER_STARTUP);
 		ResetLatch(MyLatch);
 		CHECK_FOR_INTERRUPTS();
 	}
 }
 
-/* A text from a worker, whose database may have another encoding than ours. */
-static char *
-readable_text(char *text)
+/*
+ * Fill in params from the arguments of worker_spi_launch(), and check that the
+ * caller may have such a worker.
+ */
+static void
+check_launch(FunctionCallInfo fcinfo, WorkerParams *params,
+			 const char **dbname)
 {
-	if (!pg_verifymbstr(text, strlen(text), true))
-		for (char *p = text; *p; p++)
-			if (IS_HIGHBIT_SET(*p))
-				*p = '?';
-	return text;
+	SlotRef		ref;
+	WorkerStatus status;
+
+	check_nargs(fcinfo, 5);
+	memset(params, 0, sizeof(*params));
+	params->index = PG_GETARG_INT32(0);
+	check_index(params->index);
+	params->connflags = parse_flags(PG_GETARG_ARRAYTYPE_P(3));
+	params->dboid = resolve_database(PG_GETARG_OID(1));
+	params->roleoid = resolve_role(PG_GETARG_OID(2));
+	params->interruptible = PG_GETARG_BOOL(4);
+	*dbname = get_database_name(params->dboid);
+
+	if (params->connflags != 0 && !superuser())
+		ereport(ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+				 errmsg("permission denied to use flags"),
+				 errdetail("Only a superuser may bypass the checks on connections.")));
+
+	/* A static worker that was stopped starts again as what it was. */
+	if (slot_have_memory() &&
+		slot_find(params->index, params->dboid, *dbname, &ref) &&
+		slot_get_status(ref.slotno, &status) &&
+		status.state == WORKER_STOPPED)
+	{
+		if (OidIsValid(PG_GETARG_OID(2)) || params->connflags != 0 ||
+			params->interruptible)
+			ereport(ERROR,
+					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+					 errmsg("worker with index %d is a static worker that was stopped",
+							params->index),
+					 errhint("Leave roleoid, flags and interruptible at their defaults to start it again.")));
+		*params = status.params;
+		check_may_act_as(worker_role(&status));
+	}
+	else
+		check_may_act_as(params->roleoid);
+	if (database_aclcheck(resolve_database(PG_GETARG_OID(1)), GetUserId(),
+						  ACL_CONNECT) != ACLCHECK_OK)
+		aclcheck_error(ACLCHECK_NO_PRIV, OBJECT_DATABASE, *dbname);
+	require_postmaster();
 }
 
-/* Raise an error of a worker, if it is one, as the caller's own. */
+/* The worker is gone: raise the error of which it died. */
 static void
-raise_worker_error(WorkerError *error, int index)
+launch_error(const Launch *launch, const BackgroundWorker *worker, int index)
 {
-	if (error->sqlstate != 0)
+	WorkerError error;
+
+	if (slot_launch_error(&launch->ref, &error))
 		ereport(ERROR,
-				(errcode(error->sqlstate),
-				 errmsg_internal("%s", readable_text(error->message)),
-				 error->detail[0] ? errdetail_internal("%s", readable_text(error->detail)) : 0,
-				 error->hint[0] ? errhint("%s", readable_text(error->hint)) : 0,
-				 errcontext("worker_spi worker %d", index)));
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("worker with index %d was stopped before it was ready",
+						index)));
+	if (error.sqlstate == ERRCODE_LOCK_NOT_AVAILABLE)
+		strlcpy(error.hint, COMMIT_HINT, sizeof(error.hint));
+	raise_worker_error(&error, index);
+	ereport(ERROR,
+			(errcode(ERRCODE_INSUFFICIENT_RESOURCES),
+			 errmsg("could not start %s", worker->bgw_name),
+			 errhint("More details may be available in the server log.")));
 }
 
 /*
  * worker_spi_launch(index int4, dboid oid, roleoid oid, flags text[],
  *					 interruptible bool) RETURNS int4
  *
- * Start a dynamic worker and return its pid.  With shared memory that is when
- * it is in its loop and its table exists; an error that keeps it from getting
- * there is raised here, and nothing is left behind.  Without, it is when the
- * process has started.
+ * Start a dynamic worker, or a static one that was stopped, and return its
+ * pid.  With shared memory that is when it is in its loop and its table
+ * exists; an error that keeps it from getting there is raised here, and
+ * nothing is left behind.  Without, it is when the process has started.
  *
- * Errors: 22023 for a negative index or wrong flags, 3D000, 42704, 42501,
- * 42710 if there is such a worker, 53400 if there is no slot, and whatever the
- * worker dies of.
+ * Errors: 22023 for a negative index, wrong flags, or other arguments for a
+ * static worker; 3D000, 42704, 42501; 42710 if there is such a worker; 53400
+ * if there is no slot; 55P03 if the caller's own locks are in the way; and
+ * whatever the worker dies of.
  */
 Datum
 worker_spi_launch(PG_FUNCTION_ARGS)
 {
-	WorkerParams params = {0};
+	WorkerParams params;
+	const char *dbname;
 	BackgroundWorker worker;
 	Launch		launch = {0};
-	LOCKTAG		tag;
+	ReserveResult reserved;
 	pid_t		pid;
 
-	check_nargs(fcinfo, 5);
-	params.index = PG_GETARG_INT32(0);
-	check_index(params.index);
-	params.connflags = parse_flags(PG_GETARG_ARRAYTYPE_P(3));
-	params.dboid = resolve_database(PG_GETARG_OID(1), false);
-	params.roleoid = resolve_role(PG_GETARG_OID(2));
-	params.interruptible = PG_GETARG_BOOL(4);
-
-	if (params.connflags != 0 && !superuser())
+	check_launch(fcinfo, &params, &dbname);
+	reserved = slot_reserve(&params, dbname, &launch.ref);
+	if (reserved == RESERVE_DUPLICATE)
 		ereport(ERROR,
-				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
-				 errmsg("permission denied to use flags"),
-				 errdetail("Only a superuser may bypass the checks on connections.")));
-	check_may_act_as(params.roleoid);
-	if (database_aclcheck(params.dboid, GetUserId(), ACL_CONNECT) != ACLCHECK_OK)
-		aclcheck_error(ACLCHECK_NO_PRIV, OBJECT_DATABASE,
-					   get_database_name(params.dboid));
-	require_no_recovery();
-
-	if (Shared)
-	{
-		launch.slot = reserve_slot(&params);
-		launch.generation = params.generation;
-	}
-	else
-	{
-		/* The lock that the worker will hold for life, until it queues up. */
-		SET_LOCKTAG_WORKER(tag, params.dboid, params.index);
-		if (LockAcquire(&tag, ExclusiveLock, false, true) ==
-			LOCKACQUIRE_NOT_AVAIL)
-			duplicate_worker_error(params.index);
-	}
+				(errcode(ERRCODE_DUPLICATE_OBJECT),
+				 errmsg("a worker with index %d already runs in that database",
+						params.index)));
+	if (reserved == RESERVE_FULL)
+		no_slot_error();
 
 	/* A terminated caller skips PG_CATCH, so this must be an exit callback. */
 	PG_ENSURE_ERROR_CLEANUP(undo_launch, PointerGetDatum(&launch));
 	{
-		fill_worker(&worker, &params,
-					launch.slot ? launch.slot - Shared->slots : -1,
-					MyProcPid);
+		fill_worker(&worker, &params, launch.ref.slotno, MyProcPid);
 		if (!RegisterDynamicBackgroundWorker(&worker, &launch.handle))
 			no_slot_error();
-
-		pid = wait_until_ready(&launch, &tag);
+		pid = wait_until_ready(&launch, &params);
 		if (pid == 0)
-		{
-			WorkerError error = {0};
-			bool		stopped = false;
-
-			if (launch.slot)
-			{
-				Assert(Shared);
-				LWLockAcquire(Shared->lock, LW_SHARED);
-				stopped = launch.slot->stop;
-				error = launch.slot->last_error;
-				LWLockRelease(Shared->lock);
-			}
-			if (stopped)
-				ereport(ERROR,
-						(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-						 errmsg("worker with index %d was stopped before it was ready",
-								params.index)));
-			raise_worker_error(&error, params.index);
-			ereport(ERROR,
-					(errcode(ERRCODE_INSUFFICIENT_RESOURCES),
-					 errmsg("could not start %s", worker.bgw_name),
-					 errhint("More details may be available in the server log.")));
-		}
+			launch_error(&launch, &worker, params.index);
 	}
 	PG_END_ENSURE_ERROR_CLEANUP(undo_launch, PointerGetDatum(&launch));
-
-	if (!launch.slot)
-		LockRelease(&tag, ExclusiveLock, false);
 	PG_RETURN_INT32(pid);
 }
 
-/*
- * Find the worker that a caller of fold or stop means, check that he may, and
- * return with the lock on the slots held; NULL, without the lock, if there is
- * none.
+/* -------------------------------------------------------------------------
+ * Folding and stopping
+ * -------------------------------------------------------------------------
  */
-static WorkerSlot *
-find_and_lock_worker(FunctionCallInfo fcinfo)
+
+/*
+ * A worker that is connecting while our own transaction holds its database
+ * will never answer, and no deadlock detector knows: we wait for it on a
+ * condition variable.  (Once connected, it waits for no lock for long.)
+ */
+static void
+check_not_behind_us(const SlotRef *ref, int index)
 {
-	int			index = PG_GETARG_INT32(0);
-	Oid			static_dboid;
-	Oid			static_roleoid;
-	Oid			dboid;
-	WorkerSlot *slot;
+	WorkerStatus status;
 
-	check_index(index);
-	require_shared_memory();
-	static_dboid = resolve_database(InvalidOid, true);
-	static_roleoid = static_role();
-	if (!OidIsValid(static_roleoid))
-		static_roleoid = BOOTSTRAP_SUPERUSERID;
-	dboid = OidIsValid(PG_GETARG_OID(1)) ?
-		resolve_database(PG_GETARG_OID(1), false) : static_dboid;
-
-	for (;;)
-	{
-		Oid			roleoid;
-		uint64		generation;
-
-		LWLockAcquire(Shared->lock, LW_EXCLUSIVE);
-		slot = find_slot(index, dboid, static_dboid);
-		if (!slot)
-		{
-			LWLockRelease(Shared->lock);
-			return NULL;
-		}
-		roleoid = OidIsValid(slot->roleoid) ? slot->roleoid : static_roleoid;
-		generation = slot->generation;
-		LWLockRelease(Shared->lock);
-
-		/* This reads catalogs, and can fail: not under an LWLock. */
-		check_may_act_as(roleoid);
-
-		LWLockAcquire(Shared->lock, LW_EXCLUSIVE);
-		if (slot->generation == generation &&
-			(slot->roleoid == roleoid || !OidIsValid(slot->roleoid)))
-			return slot;
-		LWLockRelease(Shared->lock);
-	}
+	if (slot_get_status(ref->slotno, &status) &&
+		status.params.generation == ref->generation &&
+		status.state == WORKER_STARTING && status.pid != 0 &&
+		waits_for_us(status.pid))
+		ereport(ERROR,
+				(errcode(ERRCODE_LOCK_NOT_AVAILABLE),
+				 errmsg("worker with index %d waits for a lock that this transaction holds",
+						index),
+				 errhint("Commit first.")));
 }
 
 /*
  * worker_spi_fold(index int4, dboid oid, wait bool) RETURNS bool
  *
  * Make a worker fold now.  With wait, return when every delta that was
- * committed before the call is in a total: a ticket is taken, and the cycle
- * that serves it starts, and takes its snapshots, afterwards.  One cycle
- * serves all who have a ticket by then.
+ * committed before the call is in a total; slot.c says how that works.
  *
- * Returns false if there is no such worker.  Errors: 22023, 3D000, 42501,
- * 55000 without shared memory, during recovery or if the worker has no
- * process, and that of the cycle if it failed.
+ * Returns false if there is no such worker.  Errors: 22023, 3D000, 42501;
+ * 55000 without shared memory, during recovery, in single-user mode, in a
+ * worker, or if the worker has no process; 55P03 if the caller's own locks are
+ * in the way; and that of the cycle if it failed, or left something over.
  */
 Datum
 worker_spi_fold(PG_FUNCTION_ARGS)
 {
-	WorkerSlot *slot;
-	uint64		generation;
-	uint64		ticket;
-	int64		starts;
-	WorkerError error;
-	bool		gone;
-	bool		served = false;
 	static uint32 wait_event = 0;
+	int			index = PG_GETARG_INT32(0);
+	SlotRef		ref;
+	uint64		ticket;
+	SlotAnswer	answer = ANSWER_PENDING;
+	WorkerError error = {0};
 
 	check_nargs(fcinfo, 3);
-	if (wait_event == 0)
-		wait_event = define_wait_event("WorkerSpiFold");
-	require_no_recovery();
-	slot = find_and_lock_worker(fcinfo);
-	if (!slot)
+	require_postmaster();
+	if (!find_worker(fcinfo, &ref))
 		PG_RETURN_BOOL(false);
 
-	if (slot == MySlot)
-	{
-		/* A trigger that its own fold has fired would wait for ever. */
-		LWLockRelease(Shared->lock);
+	/* Two workers that wait for each other would do so for ever. */
+	if (MyBgworkerEntry &&
+		strcmp(MyBgworkerEntry->bgw_library_name, "worker_spi") == 0)
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-				 errmsg("worker with index %d cannot wait for itself",
-						PG_GETARG_INT32(0))));
-	}
+				 errmsg("a worker of worker_spi cannot wait for a worker")));
 
-	generation = slot->generation;
-	ticket = ++slot->fold_requested;
-	starts = Max(slot->starts, 1);	/* the first process may yet come */
-	if (slot->latch)
-		SetLatch(slot->latch);
-	LWLockRelease(Shared->lock);
-
-	if (!PG_GETARG_BOOL(2))
-		PG_RETURN_BOOL(true);
-
-	/* On the list before the first look, or the broadcast might be missed. */
-	ConditionVariablePrepareToSleep(&slot->changed);
-	for (;;)
+	ticket = slot_ask(&ref);
+	if (ticket != 0)
 	{
-		bool		failed;
-
-		LWLockAcquire(Shared->lock, LW_SHARED);
-		gone = slot->generation != generation;
-		served = !gone && slot->fold_ok >= ticket;
-		failed = !gone && slot->fold_done >= ticket;
-		error = slot->last_error;
-		if (slot->starts > starts || (slot->starts == starts && slot->pid == 0))
-			gone = true;
-		LWLockRelease(Shared->lock);
-
-		if (served || failed || gone)
-			break;
-		ConditionVariableSleep(&slot->changed, wait_event);
+		if (wait_event == 0)
+			wait_event = define_wait_event("WorkerSpiFold");
+		if (!PG_GETARG_BOOL(2))
+			PG_RETURN_BOOL(true);
+		while ((answer = slot_wait(&ref, ticket, FOLD_POLL_MS, wait_event,
+								   &error)) == ANSWER_PENDING)
+			check_not_behind_us(&ref, index);
+		if (answer == ANSWER_WELL)
+			PG_RETURN_BOOL(true);
+		raise_worker_error(&error, index);
 	}
-	ConditionVariableCancelSleep();
-
-	if (!served && !gone)
-		raise_worker_error(&error, PG_GETARG_INT32(0));
-	if (!served)
-		ereport(ERROR,
-				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-				 errmsg("worker with index %d is not running",
-						PG_GETARG_INT32(0)),
-				 errhint("Unless it was stopped or has left for good, the server starts it again within %d seconds; worker_spi_workers shows its last error.",
-						 worker_spi_restart_interval)));
-	PG_RETURN_BOOL(true);
+	ereport(ERROR,
+			(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+			 errmsg("worker with index %d is not running", index),
+			 errhint("The view worker_spi_workers shows its state and last error.  One that is \"down\" is started again within %d seconds, one that is \"stopped\" by worker_spi_launch().",
+					 worker_spi_restart_interval)));
+	PG_RETURN_NULL();			/* not reached */
 }
 
 /*
  * worker_spi_stop(index int4, dboid oid) RETURNS bool
  *
- * End a worker and return when its process has exited.  The slot is told first
- * and the process is then cancelled: wherever it waits or works, it comes back
- * to its loop, sees that it is to stop, and exits with code 0.
+ * End a worker and return when its process has exited.
  *
- * Returns false if there is no such worker.  Errors: 22023, 3D000, 42501,
- * 55000 without shared memory.
+ * Returns false if there is no such worker, or it is stopped already.  Errors:
+ * 22023, 3D000, 42501, 55000 without shared memory.
  */
 Datum
 worker_spi_stop(PG_FUNCTION_ARGS)
 {
-	WorkerSlot *slot;
-	uint64		generation;
+	SlotRef		ref;
 	pid_t		pid;
 	const char *type;
-	bool		insist = false;
 
 	check_nargs(fcinfo, 2);
-	slot = find_and_lock_worker(fcinfo);
-	if (!slot)
+	if (!find_worker(fcinfo, &ref) || (pid = slot_stop(&ref)) < 0)
 		PG_RETURN_BOOL(false);
-
-	generation = slot->generation;
-	pid = slot->pid;
-	slot->stop = true;
-	if (pid != 0)
-		kill(pid, SIGINT);		/* its exit callback would need our lock */
-	else if (!slot->launcher)
-		free_slot(slot);		/* the next process finds it gone, and exits */
-	LWLockRelease(Shared->lock);
-	ConditionVariableBroadcast(&slot->changed);
+	slot_wait_stopped(&ref);
 
 	/*
-	 * A trigger can swallow the cancel, but not a termination; with the slot
-	 * told to stop, that is no less the end of the worker.
-	 */
-	ConditionVariablePrepareToSleep(&slot->changed);
-	for (;;)
-	{
-		bool		gone;
-
-		LWLockAcquire(Shared->lock, LW_EXCLUSIVE);
-		gone = slot->generation != generation;
-		if (!gone && insist && slot->pid != 0)
-			kill(slot->pid, SIGTERM);
-		LWLockRelease(Shared->lock);
-		if (gone)
-			break;
-		insist = ConditionVariableTimedSleep(&slot->changed, 1000,
-											 WAIT_EVENT_BGWORKER_SHUTDOWN);
-	}
-	ConditionVariableCancelSleep();
-
-	/*
-	 * The slot was freed by the exit callback; the process ends a moment
-	 * later.  The postmaster tells that to nobody but the launcher.
+	 * The exit callback has left the slot; the process ends a moment later.
+	 * The postmaster tells that to nobody but the launcher.
 	 */
 	while (pid != 0 && (type = GetBackgroundWorkerTypeByPid(pid)) != NULL &&
 		   strncmp(type, "worker_spi", strlen("worker_spi")) == 0)
@@ -1083,134 +943,10 @@ worker_spi_stop(PG_FUNCTION_ARGS)
 	PG_RETURN_BOOL(true);
 }
 
-/* Wake the workers for which the committed transaction had deltas. */
-static void
-wake_workers(void)
-{
-	ListCell   *lc;
-
-	LWLockAcquire(Shared->lock, LW_SHARED);
-	foreach(lc, pending_wakes)
-	{
-		PendingWake *pending = lfirst(lc);
-		WorkerSlot *slot = find_slot(pending->index, MyDatabaseId, InvalidOid);
-
-		/* If it was set already, the worker knows and has yet to fold. */
-		if (slot && slot->latch &&
-			pg_atomic_exchange_u32(&slot->wake, 1) == 0)
-			SetLatch(slot->latch);
-	}
-	LWLockRelease(Shared->lock);
-}
-
-/*
- * At the end of a transaction: at XACT_EVENT_COMMIT its rows have just become
- * visible to everybody.  A prepared transaction will be committed by somebody
- * else; its deltas wait for the next nap to end.
+/* -------------------------------------------------------------------------
+ * Showing
+ * -------------------------------------------------------------------------
  */
-static void
-wake_at_commit(XactEvent event, void *arg)
-{
-	if (event == XACT_EVENT_COMMIT && pending_wakes != NIL)
-		wake_workers();
-	if (event == XACT_EVENT_COMMIT || event == XACT_EVENT_ABORT ||
-		event == XACT_EVENT_PREPARE)
-		pending_wakes = NIL;	/* its memory ends with the transaction */
-}
-
-/* What a subtransaction asked for becomes its parent's, or is forgotten. */
-static void
-forget_wakes_at_rollback(SubXactEvent event, SubTransactionId mySubid,
-						 SubTransactionId parentSubid, void *arg)
-{
-	int			level = GetCurrentTransactionNestLevel();
-	ListCell   *lc;
-
-	foreach(lc, pending_wakes)
-	{
-		PendingWake *pending = lfirst(lc);
-
-		if (pending->nestlevel < level)
-			continue;
-		if (event == SUBXACT_EVENT_COMMIT_SUB)
-			pending->nestlevel = level - 1;
-		else if (event == SUBXACT_EVENT_ABORT_SUB)
-			pending_wakes = foreach_delete_current(pending_wakes, lc);
-	}
-}
-
-/*
- * worker_spi_wake() RETURNS trigger
- *
- * For an AFTER INSERT ... FOR EACH STATEMENT trigger on schemaN.counted: have
- * worker N fold soon after the current transaction commits.  Does nothing if
- * there is no such worker then.
- *
- * Errors: 39P01 if not called by such a trigger on such a table.
- */
-Datum
-worker_spi_wake(PG_FUNCTION_ARGS)
-{
-	static bool registered = false;
-	TriggerData *trigdata = (TriggerData *) fcinfo->context;
-	char	   *schema;
-	char		expected[NAMEDATALEN];
-	int			index;
-	ListCell   *lc;
-	MemoryContext old_context;
-	PendingWake *pending;
-
-	if (!CALLED_AS_TRIGGER(fcinfo))
-		ereport(ERROR,
-				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
-				 errmsg("function \"%s\" was not called by trigger manager",
-						"worker_spi_wake")));
-
-	/* As a BEFORE trigger it would return no row, and so throw it away. */
-	if (!TRIGGER_FIRED_AFTER(trigdata->tg_event) ||
-		!TRIGGER_FIRED_BY_INSERT(trigdata->tg_event))
-		ereport(ERROR,
-				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
-				 errmsg("function \"%s\" must be fired AFTER INSERT",
-						"worker_spi_wake")));
-
-	schema = get_namespace_name(RelationGetNamespace(trigdata->tg_relation));
-	index = schema && strncmp(schema, "schema", 6) == 0 ? atoi(schema + 6) : -1;
-	snprintf(expected, sizeof(expected), "schema%d", index);
-	if (index < 0 || strcmp(schema, expected) != 0 ||
-		strcmp(RelationGetRelationName(trigdata->tg_relation), "counted") != 0)
-		ereport(ERROR,
-				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
-				 errmsg("trigger \"%s\" is on a table that no worker folds",
-						trigdata->tg_trigger->tgname),
-				 errhint("A worker with index N folds the table \"schemaN.counted\".")));
-
-	/* A worker that inserts a total fires it too, and need not wake itself. */
-	if (!Shared || (MySlot && MySlot->params.index == index))
-		return PointerGetDatum(NULL);
-
-	if (!registered)
-	{
-		RegisterXactCallback(wake_at_commit, NULL);
-		RegisterSubXactCallback(forget_wakes_at_rollback, NULL);
-		registered = true;
-	}
-
-	foreach(lc, pending_wakes)
-	{
-		if (((PendingWake *) lfirst(lc))->index == index)
-			return PointerGetDatum(NULL);
-	}
-
-	old_context = MemoryContextSwitchTo(TopTransactionContext);
-	pending = palloc(sizeof(PendingWake));
-	pending->index = index;
-	pending->nestlevel = GetCurrentTransactionNestLevel();
-	pending_wakes = lappend(pending_wakes, pending);
-	MemoryContextSwitchTo(old_context);
-
-	return PointerGetDatum(NULL);
-}
 
 /* A time for the view, or NULL if it is not known. */
 static Datum
@@ -1223,64 +959,62 @@ time_or_null(TimestampTz time, bool *isnull)
 /*
  * worker_spi_get_workers() RETURNS SETOF record
  *
- * The rows of the view worker_spi_workers, with OIDs instead of names.
+ * The rows of the view worker_spi_workers, with OIDs instead of names but for
+ * the database of a static worker that is not connected.
  *
  * Errors: 55000 without shared memory.
  */
 Datum
 worker_spi_get_workers(PG_FUNCTION_ARGS)
 {
-#define WORKERS_COLUMNS 17
+#define WORKERS_COLUMNS 20
 	ReturnSetInfo *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
-	Oid			static_dboid;
-	Oid			static_roleoid;
 
 	check_nargs(fcinfo, 0);
 	require_shared_memory();
 	InitMaterializedSRF(fcinfo, 0);
-	static_dboid = resolve_database(InvalidOid, true);
-	static_roleoid = static_role();
 
-	for (int i = 0; i < Shared->nslots; i++)
+	for (int i = 0; i < slot_count(); i++)
 	{
-		WorkerSlot	slot;
+		WorkerStatus w;
 		Datum		values[WORKERS_COLUMNS];
 		bool		nulls[WORKERS_COLUMNS] = {0};
 		int			n = 0;
 
-		LWLockAcquire(Shared->lock, LW_SHARED);
-		slot = Shared->slots[i];
-		LWLockRelease(Shared->lock);
-		if (slot.generation == 0)
+		if (!slot_get_status(i, &w))
 			continue;
 
-		values[n++] = Int32GetDatum(slot.params.index);
-		values[n++] = CStringGetTextDatum(slot.params.is_static ?
+		values[n++] = Int32GetDatum(w.params.index);
+		values[n++] = CStringGetTextDatum(w.params.is_static ?
 										  "static" : "dynamic");
-		values[n++] = ObjectIdGetDatum(OidIsValid(slot.dboid) ?
-									   slot.dboid : static_dboid);
-		values[n++] = ObjectIdGetDatum(OidIsValid(slot.roleoid) ?
-									   slot.roleoid : static_roleoid);
-		nulls[n] = slot.pid == 0;
-		values[n++] = Int32GetDatum(slot.pid);
-		values[n++] = CStringGetTextDatum(state_names[slot.state]);
-		values[n] = time_or_null(slot.worker_start, &nulls[n]);
+		values[n++] = ObjectIdGetDatum(OidIsValid(w.dboid) ?
+									   w.dboid : w.params.dboid);
+		nulls[n] = !w.params.is_static;
+		values[n++] = CStringGetTextDatum(readable_text(NameStr(w.params.database)));
+		values[n++] = ObjectIdGetDatum(worker_role(&w));
+		nulls[n] = w.pid == 0;
+		values[n++] = Int32GetDatum(w.pid);
+		values[n++] = CStringGetTextDatum(state_names[w.state]);
+		values[n] = time_or_null(w.worker_start, &nulls[n]);
 		n++;
-		values[n++] = Int64GetDatum(slot.fold_count);
-		values[n++] = Int64GetDatum(slot.folded_rows);
-		values[n] = time_or_null(slot.last_fold_time, &nulls[n]);
+		values[n++] = TimestampTzGetDatum(w.done_until);
+		values[n++] = Int64GetDatum(w.rows_left);
+		values[n++] = Int64GetDatum(w.cycles);
+		values[n++] = Int64GetDatum(w.rows_done);
+		values[n] = time_or_null(w.last_done_time, &nulls[n]);
 		n++;
-		nulls[n] = slot.last_fold_time == 0;
-		values[n++] = Float8GetDatum(slot.last_fold_ms);
-		values[n++] = Int64GetDatum(slot.failed_count);
-		values[n] = time_or_null(slot.last_failed_time, &nulls[n]);
+		nulls[n] = w.last_done_time == 0;
+		values[n++] = Float8GetDatum(w.last_done_ms);
+		values[n++] = Int64GetDatum(w.failed_count);
+		values[n] = time_or_null(w.last_failed_time, &nulls[n]);
 		n++;
-		nulls[n] = nulls[n + 1] = slot.last_error.sqlstate == 0;
-		values[n++] = CStringGetTextDatum(readable_text(slot.last_error.message));
-		values[n++] = CStringGetTextDatum(unpack_sql_state(slot.last_error.sqlstate));
-		values[n] = time_or_null(slot.next_fold_time, &nulls[n]);
+		nulls[n] = nulls[n + 1] = w.last_error.sqlstate == 0;
+		values[n++] = CStringGetTextDatum(readable_text(w.last_error.message));
+		values[n++] = CStringGetTextDatum(unpack_sql_state(w.last_error.sqlstate));
+		values[n] = time_or_null(w.next_cycle_time, &nulls[n]);
 		n++;
-		values[n++] = Int64GetDatum(Max(slot.starts - 1, 0));
+		values[n++] = Int64GetDatum(Max(w.starts - 1, 0));
+		Assert(n == WORKERS_COLUMNS);
 		tuplestore_putvalues(rsinfo->setResult, rsinfo->setDesc,
 							 values, nulls);
 	}

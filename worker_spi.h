@@ -1,8 +1,17 @@
 /* -------------------------------------------------------------------------
  *
  * worker_spi.h
- *		What the two halves of worker_spi share: worker_spi.c, which runs in
- *		the postmaster and in backends, and worker.c, which is the worker.
+ *		What the rooms of the house share, and all that depends on the
+ *		server's version.
+ *
+ *			worker_spi.c	the module as the server and the user see it
+ *			wake.c			the trigger that wakes a worker at commit
+ *			worker.c		the life of a worker process
+ *			slot.c			shared memory: one slot for each worker
+ *			fold.c			the job: what this worker does and no other
+ *
+ * Calls go down this list only: worker_spi.c and wake.c call slot.c, worker.c
+ * calls slot.c and fold.c, and those two call nobody of ours.
  *
  * -------------------------------------------------------------------------
  */
@@ -10,25 +19,19 @@
 #define WORKER_SPI_H
 
 #include "postmaster/bgworker_internals.h"
-#include "storage/condition_variable.h"
 #include "storage/latch.h"
 #include "storage/lock.h"
-#include "storage/lwlock.h"
 #include "utils/acl.h"
 #include "utils/timestamp.h"
-
-#if PG_VERSION_NUM < 150000
-#error "worker_spi requires PostgreSQL 15 or later"
-#endif
-
-#if PG_VERSION_NUM >= 190000
-#include "utils/wait_event.h"
-#endif
 
 /* -------------------------------------------------------------------------
  * All that depends on the server's version
  * -------------------------------------------------------------------------
  */
+
+#if PG_VERSION_NUM < 150000
+#error "worker_spi requires PostgreSQL 15 or later"
+#endif
 
 /* 16 split "is a member" into its uses; SET ROLE is the one meant here. */
 #if PG_VERSION_NUM >= 160000
@@ -61,60 +64,71 @@ typedef slist_iter registered_iter;
 	slist_container(RegisteredBgWorker, rw_lnode, (iter).cur)
 #endif
 
+/* 18 has I/O under way to be given up after an error. */
+#if PG_VERSION_NUM >= 180000
+#include "storage/aio_subsys.h"
+#else
+#define pgaio_error_cleanup() ((void) 0)
+#endif
+
+/* 18 built for it lets a test stop or fail a process between two lines. */
+#if PG_VERSION_NUM >= 180000
+#include "utils/injection_point.h"
+#define injection_point(name) INJECTION_POINT(name, NULL)
+#else
+#define injection_point(name) ((void) 0)
+#endif
+
+/* 19 has a level of the server log for each kind of process. */
+#if PG_VERSION_NUM >= 190000
+#include "utils/tuplestore.h"
+#include "utils/wait_event.h"
+#define my_log_min_messages log_min_messages[MyBackendType]
+#else
+#define my_log_min_messages log_min_messages
+#endif
+
+/*
+ * 19 terminates an interruptible worker when its database is wanted, and
+ * forgets it; before, such a worker finds that out and leaves by itself.
+ */
+#ifdef BGWORKER_INTERRUPTIBLE
+#define SERVER_INTERRUPTS_WORKERS true
+#else
+#define SERVER_INTERRUPTS_WORKERS false
+#define BGWORKER_INTERRUPTIBLE 0
+#endif
+
+/*
+ * Only the functions that the server looks up by name are to be visible.  15
+ * shows everything that is not told otherwise, and the first of two libraries
+ * with the same name for something would serve both.
+ */
+#if defined(__GNUC__)
+#pragma GCC visibility push(hidden)
+#endif
+
 /* -------------------------------------------------------------------------
- * Types
+ * Settings, defined in worker_spi.c
  * -------------------------------------------------------------------------
  */
 
+extern int	worker_spi_naptime;
+extern char *worker_spi_database;
+extern char *worker_spi_role;
+extern int	worker_spi_restart_interval;
+extern bool worker_spi_log_folds;
+extern int	worker_spi_wake_delay;
+extern bool worker_spi_notify;
+
+/* -------------------------------------------------------------------------
+ * Shared memory, in slot.c
+ * -------------------------------------------------------------------------
+ */
+
+/* What is kept of an error for processes that want to pass it on. */
 #define ERROR_TEXT_SIZE		256
 
-/*
- * What a worker must know to start.  It travels in bgw_extra, so that the
- * postmaster can hand it to each process it starts for the registration,
- * however often.
- */
-typedef struct WorkerParams
-{
-	uint64		generation;		/* of the slot; 0 without shared memory */
-	int32		index;			/* N of schemaN */
-	Oid			dboid;			/* database; invalid for a static worker */
-	Oid			roleoid;		/* role; invalid for a static worker */
-	uint32		connflags;		/* BGWORKER_BYPASS_* */
-	bool		is_static;		/* registered at server start? */
-	bool		interruptible;	/* leave for good if the database is wanted? */
-} WorkerParams;
-
-StaticAssertDecl(sizeof(WorkerParams) <= BGW_EXTRALEN,
-				 "WorkerParams must fit into bgw_extra");
-
-/*
- * The states of a registered worker.
- *
- *		(free) --launch, server start--> STARTING
- *		STARTING --table adopted--> FOLDING --done--> IDLE --due--> FOLDING
- *		STARTING, FOLDING --error--> BACKOFF --due--> STARTING, FOLDING
- *		any --exit code 1--> STARTING, without a pid, until restarted
- *		any --exit code 0--> (free)
- *
- * The worker's own process makes all these transitions, the last two in its
- * exit callback, but for some while there is no process: a launch occupies the
- * slot and, if it fails, frees it again, and worker_spi_stop() frees it.  The
- * next process of the registration, if there is one, finds another generation
- * in the slot and leaves.  worker_spi_fold() may take a ticket at any time.
- *
- * A process that dies without running its exit callback takes all of shared
- * memory with it: the postmaster then ends every process and calls
- * startup_shmem() again.
- */
-typedef enum WorkerState
-{
-	WORKER_STARTING,			/* no process, or one that is not yet ready */
-	WORKER_IDLE,				/* napping */
-	WORKER_FOLDING,				/* in a cycle */
-	WORKER_BACKOFF				/* the last cycle failed; napping */
-} WorkerState;
-
-/* What a worker says of an error to processes that want to pass it on. */
 typedef struct WorkerError
 {
 	int			sqlstate;		/* 0 if there was no error */
@@ -124,83 +138,163 @@ typedef struct WorkerError
 } WorkerError;
 
 /*
- * One for each registered worker.  It outlives the worker's processes, and
- * with it the counters; the generation tells a process whether the slot is
- * still that of its own registration.
+ * What a worker must know to start.  It travels in bgw_extra, so that the
+ * postmaster can hand it to each process that it starts for the registration,
+ * however often.
  */
-typedef struct WorkerSlot
+typedef struct WorkerParams
 {
-	uint64		generation;		/* of the registration; 0 if free */
-	WorkerParams params;		/* copy of bgw_extra */
+	uint64		generation;		/* of the registration; 0 without slots */
+	int32		index;			/* tells the workers of a database apart */
+	Oid			dboid;			/* database; invalid for a static worker */
+	Oid			roleoid;		/* role; invalid for a static worker */
+	uint32		connflags;		/* BGWORKER_BYPASS_* */
+	bool		is_static;		/* registered at server start? */
+	bool		interruptible;	/* leave for good if the database is wanted? */
+	NameData	database;		/* of a static worker; else empty */
+} WorkerParams;
+
+StaticAssertDecl(sizeof(WorkerParams) <= BGW_EXTRALEN,
+				 "WorkerParams must fit into bgw_extra");
+
+/* The states of a worker; a diagram stands at the top of slot.c. */
+typedef enum WorkerState
+{
+	WORKER_STARTING,			/* being launched, or not yet ready */
+	WORKER_IDLE,				/* napping */
+	WORKER_BUSY,				/* in a cycle */
+	WORKER_BACKOFF,				/* napping; the last cycle failed */
+	WORKER_DOWN,				/* no process; the server will start one */
+	WORKER_STOPPED				/* a static one that nobody will start */
+} WorkerState;
+
+/* What the view shows of a slot. */
+typedef struct WorkerStatus
+{
+	WorkerParams params;
 	WorkerState state;
 	pid_t		pid;			/* 0 if there is no process */
-	Latch	   *latch;			/* the process's, if there is one */
-	Latch	   *launcher;		/* latch of a backend waiting for readiness */
-	Oid			dboid;			/* database; invalid if not known now */
-	Oid			roleoid;		/* role; invalid if not known now */
-	int64		starts;			/* processes that the slot has had */
+	Oid			dboid;			/* database; invalid if not connected */
+	Oid			roleoid;		/* role; the same */
 	TimestampTz worker_start;	/* start of the current process, or last */
-	bool		stop;			/* worker_spi_stop() wants it gone */
-
-	/* worker_spi_fold() takes a ticket, a cycle serves all taken before it */
-	uint64		fold_requested; /* last ticket handed out */
-	uint64		fold_done;		/* last ticket served, well or badly */
-	uint64		fold_ok;		/* last ticket served well */
-
-	/* for the view */
-	int64		fold_count;		/* cycles that folded something */
-	int64		folded_rows;	/* deltas folded */
-	TimestampTz last_fold_time; /* end of the last cycle that folded */
-	double		last_fold_ms;	/* how long it took */
+	int64		starts;			/* processes that there were */
+	TimestampTz done_until;		/* all there was then is done, or left over */
+	int64		rows_left;		/* what could not be done */
+	int64		cycles;			/* cycles that did something */
+	int64		rows_done;		/* what they did */
+	TimestampTz last_done_time; /* end of the last of them */
+	double		last_done_ms;	/* how long it took */
 	int64		failed_count;	/* cycles that failed, and errors at exit */
 	TimestampTz last_failed_time;
 	WorkerError last_error;
-	TimestampTz next_fold_time; /* 0 if not known */
+	TimestampTz next_cycle_time;	/* 0 if not known */
+} WorkerStatus;
 
-	/* these two outlast the registration: somebody may still look at them */
-	pg_atomic_uint32 wake;		/* a commit wants its deltas folded soon */
-	ConditionVariable changed;	/* broadcast when served, and at exit */
-} WorkerSlot;
-
-typedef struct WorkerSpiShared
+/* Names one registration for good: a slot may be used again by another. */
+typedef struct SlotRef
 {
-	LWLock	   *lock;			/* guards all that follows, but for wake */
-	uint64		last_generation;	/* of the newest registration */
-	int			nslots;
-	WorkerSlot	slots[FLEXIBLE_ARRAY_MEMBER];
-} WorkerSpiShared;
+	int			slotno;			/* -1 without shared memory */
+	uint64		generation;
+} SlotRef;
 
-/*
- * Without shared memory, a worker holds this advisory lock for life, and a
- * launcher holds it until it sees the worker queue up for it.
- */
-#define LAUNCH_LOCK_CLASS	0x5753	/* marks our locks in pg_locks */
-#define SET_LOCKTAG_WORKER(tag, dboid, index) \
-	SET_LOCKTAG_ADVISORY(tag, dboid, index, 0, LAUNCH_LOCK_CLASS)
+typedef enum ReserveResult
+{
+	RESERVE_OK,
+	RESERVE_DUPLICATE,			/* such a worker is there already */
+	RESERVE_FULL				/* there is no slot left */
+} ReserveResult;
+
+/* What became of a ticket. */
+typedef enum SlotAnswer
+{
+	ANSWER_PENDING,				/* the cycle is not over */
+	ANSWER_WELL,				/* all is done that was committed before it */
+	ANSWER_FAILED				/* the cycle has failed, or the worker exited */
+} SlotAnswer;
+
+/* What a napping worker is to do. */
+typedef enum NapOrder
+{
+	NAP_ON,
+	NAP_WORK_NOW,				/* somebody waits for a cycle */
+	NAP_STOP					/* leave for good */
+} NapOrder;
+
+/* How a change of the list of databases concerns a static worker. */
+typedef enum ListResult
+{
+	LIST_STAY,					/* its database is in the list */
+	LIST_MOVE,					/* it has taken over one that nobody serves */
+	LIST_LEAVE					/* there is nothing for it to do */
+} ListResult;
+
+/* For the postmaster, at server start, and for the setting's check hook */
+extern void slot_init(int nstatic, const WorkerParams *params);
+extern const char *slot_parse_list(const char *setting, List **names);
+
+/* For backends */
+extern bool slot_have_memory(void);
+extern int	slot_count(void);
+extern bool slot_get_status(int slotno, WorkerStatus *status);
+extern bool slot_find(int index, Oid dboid, const char *dbname, SlotRef *ref);
+extern ReserveResult slot_reserve(WorkerParams *params, const char *dbname,
+								  SlotRef *ref);
+extern bool slot_launched(const SlotRef *ref, const WorkerParams *params);
+extern bool slot_launch_error(const SlotRef *ref, WorkerError *error);
+extern void slot_unreserve(const SlotRef *ref);
+extern uint64 slot_ask(const SlotRef *ref);
+extern SlotAnswer slot_wait(const SlotRef *ref, uint64 ticket, long timeout,
+							uint32 wait_event, WorkerError *error);
+extern pid_t slot_stop(const SlotRef *ref);
+extern void slot_wait_stopped(const SlotRef *ref);
+extern void slot_wake(int index, Oid dboid);
+
+/* For the worker itself */
+extern bool slot_attach(int slotno, const WorkerParams *params);
+extern const char *slot_database(void);
+extern ListResult slot_follow_list(const char *setting);
+extern bool slot_connected(Oid dboid, Oid roleoid);
+extern void slot_keep(void);
+extern bool slot_has_launcher(void);
+extern bool slot_is_stopping(void);
+extern bool slot_begin_cycle(void);
+extern void slot_ready(void);
+extern void slot_progress(int64 rows_done);
+extern void slot_end_cycle(TimestampTz start, TimestampTz next,
+						   int64 rows_left, const WorkerError *failed,
+						   const WorkerError *left);
+extern void slot_note_error(const WorkerError *error);
+extern NapOrder slot_nap(TimestampTz next);
+extern bool slot_woken(void);
+extern bool slot_detach(bool for_good, const WorkerError *error);
+extern void slot_forget(const WorkerParams *params);
 
 /* -------------------------------------------------------------------------
- * Shared state and settings, defined in worker_spi.c
+ * The job, in fold.c
  * -------------------------------------------------------------------------
  */
 
-extern WorkerSpiShared *Shared; /* NULL when the library is not preloaded */
+/* What one transaction of a cycle is told, and says of itself. */
+typedef struct JobProgress
+{
+	bool		retry;			/* in: try again what was left over? */
+	int64		rows_done;		/* out: what this transaction did */
+	int64		rows_left;		/* out: what cannot be done for now */
+	WorkerError left_error;		/* out: why not; sqlstate 0 if nothing is left */
+} JobProgress;
 
-extern int	worker_spi_naptime;
-extern char *worker_spi_database;
-extern char *worker_spi_role;
-extern bool worker_spi_log_folds;
-extern int	worker_spi_wake_delay;
-extern bool worker_spi_notify;
+extern const char *fold_init(int index);
+extern bool fold_some(JobProgress *progress);
+extern bool fold_ended(const WorkerError *error);
 
-extern void free_slot(WorkerSlot *slot);
-extern char *role_name(Oid roleoid);
+#if defined(__GNUC__)
+#pragma GCC visibility pop
+#endif
 
 /* -------------------------------------------------------------------------
- * The worker, in worker.c
+ * What the server looks up by name
  * -------------------------------------------------------------------------
  */
-
-extern WorkerSlot *MySlot;		/* NULL in other processes */
 
 extern PGDLLEXPORT void worker_spi_main(Datum main_arg);
 

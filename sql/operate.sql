@@ -60,6 +60,7 @@ SELECT * FROM schema4201.counted;
 SELECT index, kind, datname = current_database() AS here,
        rolname = (SELECT rolname FROM pg_roles WHERE oid = 10) AS superuser,
        pid = :pid AS same_pid, state, worker_start < now() AS started,
+       folded_until BETWEEN worker_start AND now() AS folded_until, stuck_rows,
        fold_count, folded_rows, last_fold_time BETWEEN worker_start AND now()
        AS folded, last_fold_ms > 0 AS took_time, failed_count, last_failed_time,
        last_error, last_sqlstate, next_fold_time > now() AS has_next,
@@ -74,18 +75,27 @@ SELECT worker_spi_fold(4201, :dboid);
 SELECT * FROM schema4201.counted ORDER BY value;
 ROLLBACK;
 
--- An error in a cycle is the caller's; the deltas stay, and are folded when it
--- can be done.
-INSERT INTO schema4201.counted VALUES ('delta', 9223372036854775807);
-SELECT try(format('SELECT worker_spi_fold(4201, %s)', :dboid));
+-- What does not fit is stuck: its error is the caller's, all else is folded, and
+-- so is this when it can be done.
+INSERT INTO schema4201.counted VALUES ('delta', 9223372036854775807), ('delta', 1);
+SELECT try(format('SELECT worker_spi_fold(4201, %s)', :dboid)) LIKE '22003 %' AS stuck;
 SELECT * FROM schema4201.counted ORDER BY value;
-SELECT state, failed_count > 0 AS failed, last_error, last_sqlstate
+SELECT state, stuck_rows, failed_count, last_sqlstate, last_error <> '' AS told
 FROM worker_spi_workers WHERE index = 4201;
-INSERT INTO schema4201.counted VALUES ('delta', -17);
+INSERT INTO schema4201.counted VALUES ('delta', -18);
 SELECT worker_spi_fold(4201, :dboid);
 SELECT * FROM schema4201.counted;
-SELECT state, fold_count, last_error, last_sqlstate
+SELECT state, stuck_rows FROM worker_spi_workers WHERE index = 4201;
+
+-- An error of the cycle is the caller's, too, and nothing is folded.
+ALTER TABLE schema4201.counted RENAME value TO amount;
+INSERT INTO schema4201.counted VALUES ('delta', -9223372036854775800);
+SELECT try(format('SELECT worker_spi_fold(4201, %s)', :dboid)) LIKE '42703 %' AS failed;
+SELECT state, failed_count > 0 AS failed, last_sqlstate
 FROM worker_spi_workers WHERE index = 4201;
+ALTER TABLE schema4201.counted RENAME amount TO value;
+SELECT worker_spi_fold(4201, :dboid);
+SELECT * FROM schema4201.counted;
 
 -- A commit wakes the worker before its nap is over.
 TRUNCATE schema4201.counted;
@@ -157,8 +167,7 @@ BEGIN
     CREATE SCHEMA schema4203;
     EXECUTE definition;
     COMMIT;
-    RAISE INFO '%', try('SELECT worker_spi_launch(4203, oid, 10)'
-        ' FROM pg_database WHERE datname = current_database()');
+    RAISE INFO '%', try('SELECT worker_spi_launch(4203)');
 END
 $$;
 SET client_min_messages = warning;
@@ -175,7 +184,11 @@ CALL refuse('CREATE TABLE schema4203.counted ()');
 CALL refuse('CREATE TABLE schema4203.counted (type text, n bigint, value bigint GENERATED ALWAYS AS (n) STORED)');
 CALL refuse('CREATE TABLE schema4203.counted (type text, value bigint);
     CREATE RULE keep AS ON DELETE TO schema4203.counted DO INSTEAD NOTHING');
--- indexes that contradict the keys
+-- columns that nobody has declared to be keys; the hint is how
+CALL refuse('CREATE TABLE schema4203.counted (type text, value bigint, page text)');
+CALL refuse('CREATE TABLE schema4203.counted (type text, value bigint, "My Page" text NOT NULL, day date NOT NULL)');
+CALL refuse('CREATE TABLE schema4203.counted (type text, value bigint, doc json)');
+-- indexes that do not declare what they would have to
 CALL refuse('CREATE TABLE schema4203.counted (type text, value bigint, page text);
     CREATE UNIQUE INDEX "Old Totals" ON schema4203.counted (type) WHERE type = ''total''');
 CALL refuse('CREATE TABLE schema4203.counted (type text, value bigint, page text);
@@ -186,8 +199,9 @@ CALL refuse('CREATE TABLE schema4203.counted (type text, value bigint, a text);
     CREATE UNIQUE INDEX ON schema4203.counted (lower(a)) NULLS NOT DISTINCT WHERE type = ''total''');
 CALL refuse('CREATE TABLE schema4203.counted (type text, value bigint);
     CREATE UNIQUE INDEX ON schema4203.counted (value) WHERE type = ''total''');
--- keys that cannot be compared
-CALL refuse('CREATE TABLE schema4203.counted (type text, value bigint, doc json)');
+CALL refuse('CREATE TABLE schema4203.counted (type text, value bigint, a int, b int);
+    CREATE UNIQUE INDEX one ON schema4203.counted (a, b) NULLS NOT DISTINCT WHERE type = ''total'';
+    CREATE UNIQUE INDEX two ON schema4203.counted (b) NULLS NOT DISTINCT WHERE type = ''total''');
 -- two totals where there can be only one
 CALL refuse('CREATE TABLE schema4203.counted (type text, value bigint);
     INSERT INTO schema4203.counted VALUES (''total'', 1), (''total'', 2)');
@@ -195,8 +209,8 @@ SELECT count(*) FROM worker_spi_workers WHERE index = 4203;
 SELECT count(*) FROM pg_stat_activity
 WHERE application_name = 'worker_spi dynamic worker 4203';
 
--- A column that is added while a worker runs is refused as well, until the
--- index is dropped; then it is a key.
+-- A column that is added while a worker runs is refused as well, until it is
+-- declared to be a key.
 DROP SCHEMA schema4203 CASCADE;
 SELECT worker_spi_launch(4203, :dboid, 10) IS NOT NULL AS launched;
 INSERT INTO schema4203.counted VALUES ('delta', 5);
@@ -205,13 +219,16 @@ ALTER TABLE schema4203.counted ADD page text;
 INSERT INTO schema4203.counted VALUES ('delta', 1, 'a'), ('delta', 2, NULL), ('delta', 3, 'a');
 SELECT try(format('SELECT worker_spi_fold(4203, %s)', :dboid));
 DROP INDEX schema4203.counted_type_idx;
+CREATE UNIQUE INDEX ON schema4203.counted (page) NULLS NOT DISTINCT
+    WHERE type = 'total';
 SELECT worker_spi_fold(4203, :dboid);
 SELECT * FROM schema4203.counted ORDER BY page;
--- and when it is dropped again, it would have to be the same again
+-- and when it is dropped again, the totals are no totals any more
+BEGIN;
+UPDATE schema4203.counted SET type = 'delta';
 ALTER TABLE schema4203.counted DROP page;
 INSERT INTO schema4203.counted VALUES ('delta', 10);
-SELECT try(format('SELECT worker_spi_fold(4203, %s)', :dboid));
-UPDATE schema4203.counted SET type = 'delta' WHERE value = 4;
+COMMIT;
 SELECT worker_spi_fold(4203, :dboid);
 SELECT * FROM schema4203.counted;
 SELECT worker_spi_stop(4203, :dboid);

@@ -176,7 +176,9 @@ SELECT relowner::regrole,
        'autovacuum_vacuum_scale_factor=0' = ANY (reloptions) AS tuned
 FROM pg_class
 WHERE oid = 'schema4001.counted'::regclass;
-SELECT attname, atttypid::regtype, attnotnull FROM pg_attribute
+SELECT attname, atttypid::regtype, attnotnull, pg_get_expr(adbin, adrelid)
+FROM pg_attribute
+    LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
 WHERE attrelid = 'schema4001.counted'::regclass AND attnum > 0
 ORDER BY attnum;
 SELECT pg_get_constraintdef(oid) FROM pg_constraint
@@ -202,17 +204,37 @@ SELECT count(*) FROM pg_stat_activity
 WHERE application_name = 'worker_spi dynamic worker 4001';
 
 -- What was inserted before a worker starts is folded at once.
-INSERT INTO schema4001.counted SELECT 'delta', i FROM generate_series(1, 100) i;
-INSERT INTO schema4001.counted VALUES ('delta', -50), ('delta', 0);
+INSERT INTO schema4001.counted (value) SELECT i FROM generate_series(1, 100) i;
+INSERT INTO schema4001.counted VALUES ('delta', -50), ('other', 0);
 SELECT worker_spi_launch(4001, :dboid, 10) IS NOT NULL AS launched;
-CALL wait_until('NOT EXISTS (SELECT FROM schema4001.counted WHERE type = ''delta'')');
+CALL wait_until('NOT EXISTS (SELECT FROM schema4001.counted WHERE type IS DISTINCT FROM ''total'')');
 SELECT * FROM schema4001.counted;
 CALL end_worker(4001);
 INSERT INTO schema4001.counted VALUES ('delta', 1000);
 SELECT sum(value) FROM schema4001.counted;
 SELECT worker_spi_launch(4001, :dboid, 10) IS NOT NULL AS launched;
-CALL wait_until('NOT EXISTS (SELECT FROM schema4001.counted WHERE type = ''delta'')');
+CALL wait_until('NOT EXISTS (SELECT FROM schema4001.counted WHERE type IS DISTINCT FROM ''total'')');
 SELECT * FROM schema4001.counted;
+CALL end_worker(4001);
+
+-- Who may insert values and nothing else writes deltas and nothing else.
+GRANT USAGE ON SCHEMA schema4001 TO regress_worker_spi_other;
+GRANT INSERT (value) ON schema4001.counted TO regress_worker_spi_other;
+SET ROLE regress_worker_spi_other;
+INSERT INTO schema4001.counted (value) VALUES (7);
+SELECT try('INSERT INTO schema4001.counted (type, value) VALUES (''total'', 7)');
+SELECT try('UPDATE schema4001.counted SET value = 0');
+SELECT try('SELECT sum(value) FROM schema4001.counted');
+RESET ROLE;
+SELECT worker_spi_launch(4001, :dboid, 10) IS NOT NULL AS launched;
+CALL wait_until('NOT EXISTS (SELECT FROM schema4001.counted WHERE type IS DISTINCT FROM ''total'')');
+SELECT * FROM schema4001.counted;
+CALL end_worker(4001);
+
+-- Without a database, the one of the caller is meant.
+SELECT worker_spi_launch(4001) AS pid \gset
+SELECT datname = current_database() AS here FROM pg_stat_activity WHERE pid = :pid;
+SELECT try('SELECT worker_spi_launch(4001)');
 CALL end_worker(4001);
 
 -- A table as older versions of the sample made it, with NULLs and no total
@@ -224,7 +246,7 @@ CREATE SCHEMA schema4002
 INSERT INTO schema4002.counted VALUES ('delta', 3), ('delta', NULL),
     (NULL, 7), ('delta', 4), (NULL, NULL);
 SELECT worker_spi_launch(4002, :dboid, 10) IS NOT NULL AS launched;
-CALL wait_until('NOT EXISTS (SELECT FROM schema4002.counted WHERE type = ''delta'')');
+CALL wait_until('NOT EXISTS (SELECT FROM schema4002.counted WHERE type IS DISTINCT FROM ''total'')');
 SELECT * FROM schema4002.counted ORDER BY type, value;
 CALL end_worker(4002);
 
@@ -232,7 +254,7 @@ CALL end_worker(4002);
 UPDATE schema4002.counted SET value = NULL WHERE type = 'total';
 INSERT INTO schema4002.counted VALUES ('delta', NULL);
 SELECT worker_spi_launch(4002, :dboid, 10) IS NOT NULL AS launched;
-CALL wait_until('NOT EXISTS (SELECT FROM schema4002.counted WHERE type = ''delta'')');
+CALL wait_until('NOT EXISTS (SELECT FROM schema4002.counted WHERE type IS DISTINCT FROM ''total'')');
 SELECT * FROM schema4002.counted ORDER BY type, value;
 CALL end_worker(4002);
 
@@ -240,7 +262,7 @@ CALL end_worker(4002);
 DROP INDEX schema4002.counted_unique_total;
 INSERT INTO schema4002.counted VALUES ('delta', 5);
 SELECT worker_spi_launch(4002, :dboid, 10) IS NOT NULL AS launched;
-CALL wait_until('NOT EXISTS (SELECT FROM schema4002.counted WHERE type = ''delta'')');
+CALL wait_until('NOT EXISTS (SELECT FROM schema4002.counted WHERE type IS DISTINCT FROM ''total'')');
 SELECT * FROM schema4002.counted ORDER BY type, value;
 SELECT pg_get_indexdef(indexrelid) FROM pg_index
 WHERE indrelid = 'schema4002.counted'::regclass;

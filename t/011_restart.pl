@@ -1,6 +1,10 @@
 # Workers come back: terminated ones after the restart interval, all of them
 # at once after a crash, with the right state in the view; and those that can
 # never work again give up with one line in the log.
+#
+# It waits for pids, states and counters in the view, for tables to be folded
+# by workers that nobody calls, and for the server's own lines in the log
+# after a crash.
 
 use strict;
 use warnings FATAL => 'all';
@@ -9,42 +13,6 @@ use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
 use t::WorkerSpi;
-
-# Lines in the log since $offset that were not written for a client; those
-# of clients have the name of this file in front of the level.
-sub server_lines
-{
-	my ($node, $offset) = @_;
-	my $log = slurp_file($node->logfile, $offset);
-	my @lines = $log =~ /^.*\[\d+\] (?:LOG|WARNING|ERROR|FATAL|PANIC):  .*$/mg;
-	return @lines;
-}
-
-# The pid of worker $index once it is another one than $pid.
-sub new_pid
-{
-	my ($node, $index, $pid) = @_;
-	$node->poll_query_until('postgres', <<EOQ)
-SELECT count(*) = 1 FROM worker_spi_workers
-WHERE index = $index AND pid <> $pid AND state = 'idle'
-EOQ
-	  or die "worker $index did not come back";
-	return worker($node, $index, 'pid');
-}
-
-# Kill process $pid as a crash would, and wait until the server is back.
-sub crash
-{
-	my ($node, $pid) = @_;
-	my $offset = -s $node->logfile;
-
-	kill('KILL', $pid);
-	$node->wait_for_log(qr/all server processes terminated; reinitializing/,
-		$offset);
-	$node->poll_query_until('postgres', 'SELECT true')
-	  or die 'server did not recover';
-	return;
-}
 
 # ------------------------------------------------------------------------
 # After a crash, with a restart interval that is longer than this test
@@ -57,8 +25,7 @@ EOC
 
 wait_for_state($node, $_, 'idle') for (1 .. 3);
 $node->safe_psql('postgres', 'CREATE DATABASE other');
-my $other = $node->safe_psql('postgres',
-	"SELECT oid FROM pg_database WHERE datname = 'other'");
+my $other = database_oid($node, 'other');
 $node->safe_psql('postgres', 'SELECT worker_spi_launch(7)');
 $node->safe_psql('postgres', "SELECT worker_spi_launch(1, $other)");
 is($node->safe_psql('postgres', 'SELECT worker_spi_stop(2)'),
@@ -67,12 +34,12 @@ is($node->safe_psql('postgres', 'SELECT worker_spi_stop(2)'),
 # What should be in the view before and after, whoever crashes.
 my $registered = <<'EOQ';
 SELECT index, kind, datname, rolname, state
-FROM worker_spi_workers WHERE pid IS NOT NULL AND state <> 'starting'
-ORDER BY index, datname
+FROM worker_spi_workers ORDER BY index, datname
 EOQ
 my $expected = <<'EOE';
 1|dynamic|other|postgres|idle
 1|static|postgres|postgres|idle
+2|static|postgres|postgres|stopped
 3|static|postgres|postgres|idle
 7|dynamic|postgres|postgres|idle
 EOE
@@ -91,7 +58,7 @@ INSERT INTO schema1.counted VALUES ('delta', 1);
 INSERT INTO schema3.counted VALUES ('delta', 1);
 INSERT INTO schema7.counted VALUES ('delta', 1);
 EOQ
-	crash($node, $pid);
+	crash($node, $pid) or die "$who did not crash";
 
 	# With the interval of ten minutes, this succeeds only if they start at
 	# once; each folds what the crash left behind.
@@ -102,15 +69,12 @@ EOQ
 		  or die "worker $index did not fold after the crash";
 	}
 	$node->poll_query_until('postgres', <<'EOQ') or die 'workers are not idle';
-SELECT count(*) = 4 AND bool_and(state = 'idle') FROM worker_spi_workers
+SELECT count(*) = 4 FROM worker_spi_workers WHERE state = 'idle'
 EOQ
 	is($node->safe_psql('postgres', $registered),
 		$expected,
 		"$who crashed: all workers but the stopped one are back at once");
-	is( $node->safe_psql(
-			'postgres',
-			"SELECT count(*) FROM pg_stat_activity WHERE backend_type LIKE 'worker_spi%'"
-		),
+	is( process_count($node),
 		'4',
 		"$who crashed: and there are no others");
 	is( $node->safe_psql(
@@ -128,12 +92,13 @@ EOQ
 
 is(total($node, $_), '2', "nothing is lost by the crashes: worker $_")
   for (1, 3, 7);
-is($node->safe_psql('postgres', 'SELECT worker_spi_fold(2)'),
-	'f', 'the stopped worker stays unknown after the crashes');
+error_is($node, 'postgres', 'SELECT worker_spi_fold(2)',
+	'55000', qr/./, 'the stopped worker stays stopped after the crashes');
 is($node->safe_psql('postgres', 'SELECT worker_spi_stop(7)'),
 	't', 'a dynamic worker that survived a crash can be stopped');
 is( $node->safe_psql('postgres', 'SELECT worker_spi_launch(2) > 0'), 't',
-	'the number of the stopped worker is free after the crashes');
+	'and can be launched again');
+is(worker($node, 2, 'kind'), 'static', 'as the static one that it was');
 
 # A slot is cleaned up by its own process only: one that is told to go while
 # it starts must not take shared memory, and so the server, with it.
@@ -146,15 +111,26 @@ for (1 .. 3)
 {
 	my $launcher = $node->background_psql('postgres', on_error_stop => 0);
 
-	# It waits for the table, and so does the caller for it.
-	$launcher->query_until(qr/start/,
-		"\\echo start\nSELECT worker_spi_launch(9);\n");
-	$node->poll_query_until('postgres', <<'EOQ') or die 'worker 9 does not start';
-SELECT count(*) = 1 FROM worker_spi_workers JOIN pg_locks USING (pid)
-WHERE index = 9 AND NOT granted
+	# It waits for the table, and so does the caller for it, until it gives up:
+	# then it is launched again.
+	$launcher->query_until(qr/start/, <<'EOQ');
+\echo start
+DO $$
+BEGIN
+	LOOP
+		BEGIN
+			PERFORM worker_spi_launch(9);
+		EXCEPTION WHEN lock_not_available THEN
+			NULL;
+		END;
+	END LOOP;
+END
+$$;
 EOQ
-	my $pid = worker($node, 9, 'pid');
-	$node->safe_psql('postgres', "SELECT pg_terminate_backend($pid)");
+	$node->poll_query_until('postgres', <<'EOQ') or die 'worker 9 does not start';
+SELECT count(pg_terminate_backend(pid)) = 1
+FROM worker_spi_workers JOIN pg_locks USING (pid) WHERE index = 9 AND NOT granted
+EOQ
 	$node->poll_query_until('postgres',
 		'SELECT count(*) = 0 FROM worker_spi_workers WHERE index = 9')
 	  or die 'worker 9 is still there';
@@ -205,10 +181,7 @@ command_ok(
 		'-o', '-b', 'start'
 	],
 	'the server starts in binary upgrade mode');
-is( $node->safe_psql(
-		'postgres',
-		"SELECT count(*) FROM pg_stat_activity WHERE backend_type LIKE 'worker_spi%'"
-	),
+is( process_count($node),
 	'0',
 	'no worker runs in binary upgrade mode');
 error_is($node, 'postgres', 'TABLE worker_spi_workers', '55000', qr/./,
@@ -237,7 +210,8 @@ INSERT INTO schema$index.counted VALUES ('delta', 4);
 SELECT clock_timestamp() FROM pg_terminate_backend($pid);
 EOQ
 
-	new_pid($node, $index, $pid);
+	wait_for_restart($node, $index, $pid);
+	wait_for_fold($node, $index);
 	is( $node->safe_psql(
 			'postgres', <<EOQ),
 SELECT worker_start - '$ended' >= interval '1 s', restart_count, kind
@@ -254,8 +228,7 @@ EOQ
 # ------------------------------------------------------------------------
 $node->safe_psql('postgres', 'CREATE DATABASE doomed');
 $node->safe_psql('postgres', 'CREATE ROLE regress_doomed LOGIN SUPERUSER');
-my $doomed = $node->safe_psql('postgres',
-	"SELECT oid FROM pg_database WHERE datname = 'doomed'");
+my $doomed = database_oid($node, 'doomed');
 my $role = $node->safe_psql('postgres',
 	"SELECT oid FROM pg_roles WHERE rolname = 'regress_doomed'");
 
@@ -326,8 +299,9 @@ is(worker($node, 1, 'last_error'),
 	'database "later" does not exist', 'and the view says why');
 
 $node->safe_psql('postgres', 'CREATE DATABASE later');
-$node->poll_query_until('later', "SELECT count(*) = 0 FROM schema1.counted")
-  or die 'worker 1 did not find the database';
+my $later = database_oid($node, 'later');
+wait_for_fold($node, 1, 'later');
+wait_for_state($node, 1, 'idle');
 pass('it works as soon as the database is created');
 
 # ------------------------------------------------------------------------
@@ -339,14 +313,14 @@ $node->safe_psql('postgres', "SELECT pg_terminate_backend($pid)");
 $node->poll_query_until('postgres',
 	'SELECT pid IS NULL FROM worker_spi_workers WHERE index = 1')
   or die 'worker 1 has not ended';
-is($node->safe_psql('postgres', 'SELECT worker_spi_stop(1)'),
+is($node->safe_psql('postgres', "SELECT worker_spi_stop(1, $later)"),
 	't', 'a worker is stopped while it has no process');
 $pid = $node->safe_psql('postgres', 'SELECT worker_spi_launch(8)');
 
 # All slots can be taken as soon as that last process has come and gone.
 $node->safe_psql('postgres', 'SELECT worker_spi_launch(i) FROM generate_series(9, 10) AS i');
 $node->poll_query_until('postgres', 'SELECT worker_spi_launch(11) > 0')
-  or die 'the stopped worker is still registered';
+  or die 'the stopped worker still has a slot of the server';
 is( $node->safe_psql(
 		'postgres',
 		"SELECT string_agg(index || kind, ' ' ORDER BY index) FROM worker_spi_workers WHERE state = 'idle'"
@@ -372,10 +346,15 @@ EOC
 $offset = -s $node->logfile;
 $node->start;
 wait_for_state($node, $_, 'idle') for (1 .. 3);
-is($node->safe_psql('postgres', 'SELECT count(*) FROM worker_spi_workers'),
-	'3', 'with too few slots, as many static workers run as there is room for');
-@lines = grep { /too many background workers/ } server_lines($node, $offset);
-is(scalar(@lines), 5, 'and each of the others is logged once');
+is( $node->safe_psql(
+		'postgres', 'SELECT count(*), max(index) FROM worker_spi_workers'),
+	'3|3',
+	'with too few slots, as many static workers run as there is room for');
+@lines = grep { /max_worker_processes/ } server_lines($node, $offset);
+is(scalar(@lines), 1, 'which the log says once');
+like($lines[0], qr/\b9\b/, 'with the number that all would need');
+ok(!$node->log_contains(qr/too many background workers/, $offset),
+	'and none is refused by the server');
 $node->stop;
 
 done_testing();

@@ -1,6 +1,9 @@
 # A worker that lives long neither grows nor holds anything back: its memory
 # is flat over WORKER_SPI_CYCLES cycles (1000 if that is not set), each of
 # which folds a delta, and it has no transaction open while it naps.
+#
+# It waits for worker_spi_fold() in each round, and for the worker's account
+# of its memory in the log.
 
 use strict;
 use warnings FATAL => 'all';
@@ -17,14 +20,26 @@ worker_spi.log_folds = off
 EOC
 
 # In each round one delta is inserted and folded.  Each tenth round fails
-# first, and each hundredth changes the table, since errors and plans made
-# anew are where memory would be forgotten.
+# first, and so does each tenth and fifth, where the delta is found to be stuck;
+# each hundredth changes the table: errors and plans made anew are where memory
+# would be forgotten.
 $node->safe_psql('postgres', <<'EOQ');
 CREATE PROCEDURE rounds(n int) LANGUAGE plpgsql AS $$
 BEGIN
 	FOR i IN 1 .. n LOOP
 		INSERT INTO schema1.counted VALUES ('delta', 1);
 		IF i % 10 = 0 THEN
+			ALTER TABLE schema1.counted RENAME value TO amount;
+			COMMIT;
+			BEGIN
+				PERFORM worker_spi_fold(1);
+				RAISE 'the fold did not fail';
+			EXCEPTION WHEN undefined_column THEN
+				NULL;
+			END;
+			ALTER TABLE schema1.counted RENAME amount TO value;
+		END IF;
+		IF i % 10 = 5 THEN
 			ALTER TABLE schema1.counted ADD CONSTRAINT none CHECK (value < 0) NOT VALID;
 			COMMIT;
 			BEGIN

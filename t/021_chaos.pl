@@ -1,11 +1,14 @@
-# Clients count without a pause, each in one transaction in the worker's table
-# and in a ledger, while faults of all kinds hit workers, backends, the server,
-# the table and the settings in random order.  In every snapshot the table has
-# to agree with the ledger to the last count, and in the end one fold has to
-# leave nothing but the total.
+# Clients count without a pause, each in one transaction in the tables of two
+# workers and in a ledger, while faults of all kinds hit workers, backends, the server,
+# the first table and the settings in random order.  In every snapshot both tables
+# have to agree with the ledger to the last count, and in the end one fold of
+# each has to leave nothing but the total.
 #
 # WORKER_SPI_CHAOS_SECONDS is how long this goes on (each kind of fault comes at
 # least once), WORKER_SPI_CHAOS_SEED repeats the order of an earlier run.
+#
+# It waits for what each fault is to bring about, in the view, the table or
+# the log, and goes on when the writers have.
 
 use strict;
 use warnings FATAL => 'all';
@@ -25,7 +28,7 @@ diag("chaos for $seconds s with WORKER_SPI_CHAOS_SEED=$seed");
 
 my $node = new_node('chaos', <<EOC);
 worker_spi.naptime = 1
-worker_spi.total_workers = 1
+worker_spi.total_workers = 2
 restart_after_crash = on
 log_statement = none
 EOC
@@ -35,25 +38,29 @@ CREATE OR REPLACE TRIGGER wake AFTER INSERT ON schema1.counted
 EXECUTE FUNCTION worker_spi_wake();
 EOS
 $node->poll_query_until('postgres',
-	q(SELECT to_regclass('schema1.counted') IS NOT NULL))
-  or die 'the worker makes no table';
+	q(SELECT to_regclass('schema1.counted') IS NOT NULL AND to_regclass('schema2.counted') IS NOT NULL)
+) or die 'the workers make no tables';
 
 # What is moved aside while the table is dropped counts as well.
 $node->safe_psql('postgres', <<EOS);
 CREATE TABLE ledger (id bigserial, value bigint NOT NULL);
 CREATE TABLE aside (value bigint NOT NULL);
+CREATE ROLE regress_denied LOGIN;
+CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+	'BEGIN IF current_setting(''application_name'') LIKE ''worker_spi%'' THEN RETURN NULL; END IF; RETURN coalesce(NEW, OLD); END';
 $make_trigger
 EOS
 
-# ---------------------------------------------------------------------------
+# ------------------------------------------------------------------------
 # The writers: pgbench, started again whenever it has lost all its clients.
-# ---------------------------------------------------------------------------
+# ------------------------------------------------------------------------
 
 my $dir = PostgreSQL::Test::Utils::tempdir();
 append_to_file("$dir/count.sql", <<'EOS');
 \set value random(-1000, 1000)
 BEGIN;
 INSERT INTO schema1.counted VALUES ('delta', :value);
+INSERT INTO schema2.counted VALUES ('delta', :value);
 INSERT INTO ledger (value) VALUES (:value);
 END;
 EOS
@@ -72,9 +79,9 @@ foreach my $n (1 .. 2)
 		'<', \undef, '>', '/dev/null', '2>', '/dev/null');
 }
 
-# ---------------------------------------------------------------------------
+# ------------------------------------------------------------------------
 # What is true at all times.
-# ---------------------------------------------------------------------------
+# ------------------------------------------------------------------------
 
 my $snapshots = 0;
 my @wrong;
@@ -84,15 +91,17 @@ my @wrong;
 sub compare
 {
 	my $row = $node->safe_psql('postgres', <<EOS);
-SELECT t.sum, l.sum, (SELECT last_value FROM ledger_id_seq)
+SELECT t.sum, u.sum, l.sum, (SELECT last_value FROM ledger_id_seq)
 FROM (SELECT COALESCE(sum(value), 0) AS sum
 	  FROM (TABLE aside UNION ALL SELECT value FROM schema1.counted) AS a) AS t,
+	 (SELECT COALESCE(sum(value), 0) AS sum FROM schema2.counted) AS u,
 	 (SELECT COALESCE(sum(value), 0) AS sum FROM ledger) AS l
 EOS
-	my ($table, $ledger, $last) = split /\|/, $row;
+	my ($table, $other, $ledger, $last) = split /\|/, $row;
 
 	$snapshots++;
-	push @wrong, "$table, not $ledger" if $table ne $ledger;
+	push @wrong, "$table and $other, not $ledger"
+	  if $table ne $ledger || $other ne $ledger;
 	return $last;
 }
 
@@ -121,30 +130,6 @@ EOS
 	return worker($node, 1, 'pid');
 }
 
-# Take part in a crash: kill a process the hard way and wait until the server
-# has come back.
-sub crash
-{
-	my ($pid) = @_;
-	my $offset = -s $node->logfile;
-
-	return 0 unless $pid && kill('KILL', $pid);
-
-	# It may have been about to exit.  When it is gone, the postmaster knows
-	# what it died of before it lets anybody else in.
-	my $tries = 10 * $PostgreSQL::Test::Utils::timeout_default;
-	do { $node->psql('postgres', 'SELECT 1') } while (kill(0, $pid) && $tries--);
-	$node->psql('postgres', 'SELECT 1');
-	return 0
-	  unless substr(slurp_file($node->logfile), $offset) =~
-	  /\(PID $pid\) was terminated by signal 9/;
-	$node->wait_for_log(qr/all server processes terminated; reinitializing/,
-		$offset);
-	$node->wait_for_log(qr/database system is ready to accept connections/,
-		$offset);
-	return 1;
-}
-
 sub restart
 {
 	my ($mode) = @_;
@@ -168,9 +153,9 @@ sub with_setting
 	return 1;
 }
 
-# ---------------------------------------------------------------------------
+# ------------------------------------------------------------------------
 # The faults.  Each returns whether it has hit what it was to hit.
-# ---------------------------------------------------------------------------
+# ------------------------------------------------------------------------
 
 my %faults = (
 	'worker terminated' => sub {
@@ -184,10 +169,90 @@ SELECT worker_spi_fold(1, wait => false) \\gset
 SELECT pg_cancel_backend($pid)
 EOS
 	},
-	'worker killed' => sub { return crash(worker_pid()); },
+	'worker cancelled in a burst' => sub {
+		my $pid = worker_pid();
+		return run(<<EOS) > 0;
+CREATE TEMP TABLE cancels (n bigint);
+DO \$\$
+BEGIN
+	FOR i IN 1 .. 200 LOOP
+		PERFORM worker_spi_fold(1, wait => false)
+		FROM worker_spi_workers WHERE index = 1 AND pid IS NOT NULL;
+		INSERT INTO cancels SELECT count(*)
+		FROM (SELECT pg_cancel_backend(pid) AS ok FROM worker_spi_workers
+			  WHERE index = 1) AS c WHERE ok;
+		COMMIT;
+	END LOOP;
+END \$\$;
+SELECT sum(n) FROM cancels
+EOS
+	},
+	'worker stopped and launched' => sub {
+		return 0 unless run('SELECT worker_spi_stop(2)') eq 't';
+		let_write();
+		return run('SELECT worker_spi_launch(2)') > 0;
+	},
+
+	# A delta that does not fit is stuck until another makes it good.
+	'delta stuck' => sub {
+		my $put = <<EOS;
+BEGIN;
+INSERT INTO schema1.counted VALUES ('delta', %1);
+INSERT INTO schema2.counted VALUES ('delta', %1);
+INSERT INTO ledger (value) VALUES (%1);
+COMMIT;
+EOS
+		run($put =~ s/%1/9223372036854775807/gr);
+		run($put =~ s/%1/1000000/gr);
+		let_write();
+		my (undef, undef, $err) = $node->psql('postgres',
+			"\\set VERBOSITY verbose\nSELECT worker_spi_fold(1)");
+		run($put =~ s/%1/-9223372036854775807/gr);
+		run($put =~ s/%1/-1000000/gr);
+		return $err =~ /22003/;
+	},
+	'trigger made and dropped' => sub {
+		run(<<EOS);
+CREATE TRIGGER refuse BEFORE INSERT OR UPDATE OR DELETE ON schema1.counted
+	FOR EACH ROW EXECUTE FUNCTION refuse();
+EOS
+		let_write();
+		run('DROP TRIGGER refuse ON schema1.counted');
+		return 1;
+	},
+	'database commands denied' => sub {
+		$node->psql('template1', <<EOS, extra_params => [ '-U', 'regress_denied' ]);
+DO \$\$
+BEGIN
+	FOR i IN 1 .. 200 LOOP
+		BEGIN
+			ALTER DATABASE postgres RENAME TO taken;
+		EXCEPTION WHEN insufficient_privilege THEN
+			NULL;
+		END;
+	END LOOP;
+END \$\$
+EOS
+		return 1;
+	},
+
+	# Until somebody has met it.
+	'lock table full' => sub {
+		my $offset = -s $node->logfile;
+		$node->psql('postgres', <<EOS);
+DO \$\$
+BEGIN
+	PERFORM pg_advisory_lock(i) FROM generate_series(1, 1000000) AS i;
+EXCEPTION WHEN out_of_memory THEN
+	PERFORM pg_sleep(0.2);
+END \$\$
+EOS
+		return slurp_file($node->logfile, $offset) =~ /out of shared memory/;
+	},
+	'worker killed' => sub { return crash($node, worker_pid()); },
 	# The youngest, which is not about to end anyway.
 	'client process killed' => sub {
-		return crash(run(<<EOS));
+		return crash($node, run(<<EOS));
 SELECT pid FROM pg_stat_activity WHERE application_name = 'writer'
 ORDER BY backend_start DESC LIMIT 1
 EOS
@@ -279,7 +344,17 @@ END \$\$
 EOS
 		return 1;
 	},
+	'index made and dropped concurrently' => sub {
+		run('CREATE UNIQUE INDEX CONCURRENTLY another ON schema1.counted (type) WHERE type = $$total$$');
+		let_write();
+		run('DROP INDEX CONCURRENTLY schema1.another');
+		return 1;
+	},
 	'table rewritten' => sub { run('VACUUM FULL schema1.counted'); return 1; },
+	'table altered' => sub {
+		run('ALTER TABLE schema1.counted ALTER value TYPE bigint USING value + 0');
+		return 1;
+	},
 	'extension dropped' => sub {
 		run('DROP EXTENSION worker_spi CASCADE');
 		let_write();
@@ -305,6 +380,7 @@ EOS
 				run(<<EOS);
 BEGIN READ WRITE;
 INSERT INTO schema1.counted VALUES ('delta', 1);
+INSERT INTO schema2.counted VALUES ('delta', 1);
 INSERT INTO ledger (value) VALUES (1);
 COMMIT;
 EOS
@@ -313,9 +389,9 @@ EOS
 			});
 	});
 
-# ---------------------------------------------------------------------------
+# ------------------------------------------------------------------------
 # Chaos, and order after it.
-# ---------------------------------------------------------------------------
+# ------------------------------------------------------------------------
 
 my %survived = map { $_ => 0 } keys %faults;
 my %tried;
@@ -338,18 +414,22 @@ while (time < $end || grep { $_ == 0 } values %survived)
 
 append_to_file("$dir/stop", '');
 $_->finish foreach @writers;
-$node->poll_query_until('postgres', 'SELECT worker_spi_fold(1)')
-  or die 'the worker does not fold in the end';
+foreach my $index (1, 2)
+{
+	$node->poll_query_until('postgres', "SELECT worker_spi_fold($index)")
+	  or die "worker $index does not fold in the end";
+}
 
 diag("survived $survived{$_} times: $_") foreach sort keys %survived;
 diag("compared $snapshots snapshots, " . compare() . ' transactions');
 is("@wrong", '', 'the table agreed with the ledger in each snapshot');
 is( run(<<EOS),
 SELECT count(*), min(type), sum(value) = (SELECT sum(value) FROM ledger)
-FROM schema1.counted
+FROM schema$_.counted
 EOS
 	'1|total|t',
-	'in the end nothing is left but the total, and it is that of the ledger');
+	"in the end nothing is left of table $_ but the total, and it is that of the ledger"
+) foreach 1, 2;
 ok( !$node->log_contains(qr/TRAP:|PANIC:|terminated by signal (?!9)/),
 	'no process has crashed but those that were killed');
 

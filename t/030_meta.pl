@@ -1,13 +1,15 @@
 # What says which version this is, agrees: the control file, the library, the
 # script, META.json, and both changelogs; and META.json is what PGXN takes.
+#
+# It waits for nothing.
 
 use strict;
 use warnings FATAL => 'all';
 
 use JSON::PP;
-use t::WorkerSpi;
 use PostgreSQL::Test::Utils;
 use Test::More;
+use t::WorkerSpi;
 
 # The first group that $pattern catches in $file.
 sub found
@@ -33,8 +35,9 @@ is(found('CHANGELOG.md', qr/^## (\S+)/m),
 is(found('debian/changelog', qr/\A\S+ \((.+)-[^-]+\)/),
 	$version, 'the newest entry of debian/changelog is of that version');
 
+# ------------------------------------------------------------------------
 # META.json, by the PGXN meta specification 1.0.0
-
+# ------------------------------------------------------------------------
 my $meta = eval { JSON::PP->new->utf8->decode(slurp_file('META.json')) };
 is(ref $meta, 'HASH', 'META.json is a JSON object') or diag($@);
 
@@ -72,8 +75,9 @@ is($meta->{prereqs}{runtime}{requires}{PostgreSQL},
 	found('worker_spi.h', qr/^#if PG_VERSION_NUM < (\d\d)0000$/m) . '.0.0',
 	'it wants the server that the source wants');
 
-# what is installed
-
+# ------------------------------------------------------------------------
+# What is installed
+# ------------------------------------------------------------------------
 my $node = new_node('meta');
 is( $node->safe_psql('postgres',
 		"SELECT default_version FROM pg_available_extensions WHERE name = 'worker_spi'"),
