@@ -7,12 +7,26 @@
 export LANG=C.UTF-8 LC_ALL=C.UTF-8
 
 # How long a test waits for what should happen at once.
-export PG_TEST_TIMEOUT_DEFAULT=${PG_TEST_TIMEOUT_DEFAULT:-60}
+export PG_TEST_TIMEOUT_DEFAULT=${PG_TEST_TIMEOUT_DEFAULT:-180}
 
 top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-# The folders of other Debian releases, see enter_folder.
+# The servers that this Debian release does not have: see choose_server.
 cache=${WORKER_SPI_CACHE:-/var/tmp/worker_spi}
+
+# What --help says of the choice of a server.
+servers_help()
+{
+	cat <<-EOC
+		  VERSION=17     use server 15, 17 or 18, each in a folder with the
+		                 Debian release that has it, or 16 or 19, built from
+		                 source; made when first needed, in $cache
+		                 (as root)
+		  WORKER_SPI_SOURCES=FOLDER
+		                 where to find postgresql-16.tar.* and the like
+		  PG_CONFIG=FILE use the server that this pg_config belongs to
+	EOC
+}
 
 if [ "$(id -u)" = 0 ]; then
 	sudo=()
@@ -81,7 +95,9 @@ become_root()
 {
 	[ "${#sudo[@]}" = 0 ] ||
 		exec sudo env "VERSION=${VERSION:-}" "WORKER_SPI_CACHE=$cache" \
-			"PROVE_FLAGS=${PROVE_FLAGS:-}" "COPT=${COPT:-}" "$0" "$@"
+			"WORKER_SPI_SOURCES=${WORKER_SPI_SOURCES:-}" \
+			"PROVE_FLAGS=${PROVE_FLAGS:-}" "QUICK=${QUICK:-}" \
+			"COPT=${COPT:-}" "$0" "$@"
 }
 
 # -------------------------------------------------------------------------
@@ -114,18 +130,67 @@ own_server()
 	esac
 }
 
-# Install what building and running takes, and set $bindir and $make.
+# Choose the server that PG_CONFIG or VERSION asks for, by default that of this
+# Debian release.  For one of another release, run the command again in the
+# folder with that release, and exit; one that has to be built from source,
+# build.  The arguments are those of the command.
+choose_server()
+{
+	[ -z "${PG_CONFIG:-}" ] || return 0
+
+	VERSION=${VERSION:-$(own_server)}
+	[[ $VERSION =~ ^[0-9]+$ ]] || usage_error "no such server: $VERSION"
+	[ "$VERSION" != "$(own_server)" ] || return 0
+
+	if release_with_server "$VERSION" >/dev/null; then
+		become_root "$@"
+		enter_folder "$VERSION"
+		in_folder "$folder" "dev/${0##*/}" "$@"
+		exit
+	fi
+
+	{ mkdir -p "$cache" && [ -w "$cache" ]; } 2>/dev/null || become_root "$@"
+	if [ "${WORKER_SPI_LOCKED:-}" != "$VERSION" ]; then
+		# A server that a test left behind must not keep the lock.
+		exec flock --close "$cache/$VERSION.lock" \
+			env "VERSION=$VERSION" "WORKER_SPI_LOCKED=$VERSION" "$0" "$@"
+	fi
+	build_server "$VERSION"
+	PG_CONFIG=$cache/$VERSION/bin/pg_config
+}
+
+# Install what building and running takes, and set $version, $bindir, $make,
+# and $as_owner, what a command that installs is to start with.
 install_server()
 {
-	local version
+	local packages=(make gcc libc6-dev libipc-run-perl)
 
-	version=$(own_server)
-	install_packages make gcc libc6-dev libipc-run-perl \
-		"postgresql-$version" "postgresql-server-dev-$version"
-	bindir=/usr/lib/postgresql/$version/bin
+	if [ -z "${PG_CONFIG:-}" ]; then
+		version=$(own_server)
+		packages+=("postgresql-$version" "postgresql-server-dev-$version")
+		PG_CONFIG=/usr/lib/postgresql/$version/bin/pg_config
+	elif [ "${#sudo[@]}" = 0 ] && ! id postgres >/dev/null 2>&1; then
+		packages+=(postgresql-common)	# it makes that user
+	fi
+	if type -t dpkg-query >/dev/null; then
+		install_packages "${packages[@]}"
+	fi
+
+	version=$("$PG_CONFIG" --version | sed 's/^PostgreSQL \([0-9]*\).*/\1/') ||
+		die "cannot run PG_CONFIG=$PG_CONFIG"
+	bindir=$("$PG_CONFIG" --bindir)
+	as_owner=("${sudo[@]}")
+	[ ! -w "$("$PG_CONFIG" --pkglibdir)" ] || as_owner=()
 
 	# Bitcode for JIT would double the time, and serve nobody here.
-	make=(make -s "PG_CONFIG=$bindir/pg_config" with_llvm=no)
+	make=(make -s "PG_CONFIG=$PG_CONFIG" with_llvm=no)
+}
+
+# The value of a variable of the Makefile that the server was built with.
+configured()
+{
+	sed -n "s/^$1[[:space:]]*= *//p" \
+		"$(dirname "$("$PG_CONFIG" --pgxs)")/../Makefile.global"
 }
 
 # Copy the tree, without what was built in it, to folder $1.
@@ -137,18 +202,33 @@ copy_tree()
 		-cf - . | tar -C "$1" --no-same-owner -xf -
 }
 
+# Make a temporary folder, in memory if there is room: servers that live for a
+# minute write much that nobody will read.  In a folder with another release it
+# would go together with the mounts, and with it what a failed test has left.
+temporary_folder()
+{
+	local room
+
+	room=$(df -m --output=avail /dev/shm 2>/dev/null | tail -n 1) || true
+	if [ -z "${WORKER_SPI_FOLDER:-}" ] && [ "${room:-0}" -gt 6000 ]; then
+		mktemp -d /dev/shm/worker_spi.XXXXXX
+	else
+		mktemp -d /tmp/worker_spi.XXXXXX
+	fi
+}
+
 # Make a temporary folder $work that belongs to the user who runs the server,
 # and in it build and install a copy of the tree.
 build_and_install()
 {
-	work=$(mktemp -d /tmp/worker_spi.XXXXXX)
+	work=$(temporary_folder)
 	copy_tree "$work/src"
 	[ "${#sudo[@]}" -gt 0 ] || chown -R postgres: "$work"
 
 	cd "$work/src" || return
 	export HOME=$work		# nobody's psqlrc or proverc
 	quietly "${as_user[@]}" "${make[@]}" "COPT=${COPT:-}"
-	quietly "${sudo[@]}" "${make[@]}" install
+	quietly "${as_owner[@]}" "${make[@]}" install
 }
 
 # Start a server in $work/$1 with the settings $2.  It listens on a socket in
@@ -176,6 +256,63 @@ stop_server()
 	[ ! -e "$work/$1/data/postmaster.pid" ] ||
 		quietly "${as_user[@]}" "$bindir/pg_ctl" -D "$work/$1/data" -m fast \
 			-w stop
+}
+
+# -------------------------------------------------------------------------
+# Servers that no Debian release has, built from source
+# -------------------------------------------------------------------------
+
+# Build server $1 in $cache, if it is not there as this source and the function
+# below would make it.
+build_server()
+{
+	local dir=$cache/$1 archive sum new rc=0
+
+	archive=$(find -L "${WORKER_SPI_SOURCES:-/nowhere}" -maxdepth 1 \
+		-name "postgresql-$1[!0-9]*tar.*" 2>/dev/null | sort -V | tail -n 1) || true
+	if [ -z "$archive" ]; then
+		[ ! -x "$dir/bin/pg_config" ] || return 0
+		die "server $1 is left out: no Debian release has it, and there is no" \
+			"source of it in the folder WORKER_SPI_SOURCES=${WORKER_SPI_SOURCES:-}"
+	fi
+	sum=$({ cat "$archive"; declare -f make_server; } | sha256sum)
+	[ "$sum" != "$(cat "$dir/made_of" 2>/dev/null)" ] || return 0
+
+	install_packages make gcc libc6-dev bison flex perl libipc-run-perl xz-utils
+	say "building $dir from $archive"
+	rm -rf "$dir".??????			# of a build that was ended
+	new=$(mktemp -d "$dir.XXXXXX")
+	quietly make_server "$1" "$archive" "$new" "$dir" || rc=$?
+	if [ "$rc" = 0 ]; then
+		echo "$sum" >"$new/root$dir/made_of"
+		rm -rf "$dir"
+		mv "$new/root$dir" "$dir"
+	fi
+	rm -rf "$new"
+	[ "$rc" = 0 ] || die "could not build $dir"
+}
+
+# What finds mistakes is on, what only makes users happy is off.
+make_server()
+{
+	local version=$1 archive=$2 new=$3 dir=$4 options module
+
+	options=(--prefix="$dir" --enable-cassert --enable-debug --enable-tap-tests
+		--without-icu --without-readline --without-zlib)
+	[ "$version" -lt 17 ] || options+=(--enable-injection-points)
+
+	chmod 755 "$new" &&
+		mkdir "$new/src" && tar -C "$new/src" --strip-components=1 -xf "$archive" &&
+		cd "$new/src" &&
+		./configure -q "${options[@]}" CFLAGS="-O1 -g" &&
+		make -s -j "$(nproc)" &&
+		make -s install DESTDIR="$new/root" || return
+
+	for module in contrib/{auto_explain,citext,lo,pageinspect,pg_stat_statements} \
+		contrib/{pg_visibility,pgrowlocks,spi} src/test/modules/injection_points; do
+		[ -d "$module" ] || continue
+		make -s -C "$module" install DESTDIR="$new/root" || return
+	done
 }
 
 # -------------------------------------------------------------------------
@@ -222,7 +359,7 @@ in_folder()
 		exit "$rc"' "$folder" \
 		env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root \
 		LANG=C.UTF-8 LC_ALL=C.UTF-8 "WORKER_SPI_FOLDER=$folder" \
-		"COPT=${COPT:-}" "PROVE_FLAGS=${PROVE_FLAGS:-}" \
+		"COPT=${COPT:-}" "PROVE_FLAGS=${PROVE_FLAGS:-}" "QUICK=${QUICK:-}" \
 		"http_proxy=${http_proxy:-}" "https_proxy=${https_proxy:-}" \
 		bash -c 'cd /src && exec "$@"' bash "$@" 9>&-
 }
@@ -248,6 +385,7 @@ enter_folder()
 		mirror=$(apt-get indextargets --format '$(SITE)' \
 			'Created-By: Packages' 'Origin: Debian' 'Label: Debian' |
 			sed -n 1p)
+		rm -rf --one-file-system "$folder".??????	# of one that was ended
 		new=$(mktemp -d "$folder.XXXXXX")
 		make_folder "$release" "$new" "$mirror" || rc=$?
 		if [ "$rc" != 0 ]; then
