@@ -759,6 +759,17 @@ position_tid(Position position, ItemPointerData *tid)
 	ItemPointerSet(tid, position / ROWS_PER_BLOCK, position % ROWS_PER_BLOCK);
 }
 
+/* The ctid that row number i of what the last statement returned begins with. */
+static Position
+result_position(uint64 i)
+{
+	bool		isnull;
+	Datum		tid = SPI_getbinval(SPI_tuptable->vals[i],
+									SPI_tuptable->tupdesc, 1, &isnull);
+
+	return isnull ? 0 : tid_position((ItemPointer) DatumGetPointer(tid));
+}
+
 /* Begin a cycle, or begin it again if VACUUM FULL or the like has moved all. */
 static void
 begin_cycle(Relation rel, bool retry)
@@ -843,15 +854,8 @@ run_phase(Relation rel)
 static Position
 first_delta(Position from)
 {
-	bool		isnull;
-	Datum		tid;
-
 	run_statement(FOLD_PROBE, 0, from, 0, NULL, SPI_OK_SELECT);
-	if (SPI_processed == 0)
-		return TABLE_END;
-	tid = SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1,
-						&isnull);
-	return tid_position((ItemPointer) DatumGetPointer(tid));
+	return SPI_processed > 0 ? result_position(0) : TABLE_END;
 }
 
 /* A piece was folded: go on behind it. */
@@ -1136,15 +1140,9 @@ set_aside(Position from, Position to, const WorkerError *error)
 static Position
 longest_fit(Position from, Position to, const TidList *tids)
 {
-	bool		isnull;
-	Datum		tid;
-
 	run_statement(FOLD_PREFIX, BUT_STUCK | MANY_KEYS, from, to, tids,
 				  SPI_OK_SELECT);
-	tid = SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1,
-						&isnull);
-	return isnull ? from :
-		tid_position((ItemPointer) DatumGetPointer(tid)) + 1;
+	return Max(from, result_position(0) + 1);
 }
 
 /*
@@ -1258,15 +1256,27 @@ wants_tidying(void)
 
 /*
  * Write totals anew that stand far behind, so that they come to the front.
- * The deltas that stood there are gone, but until a vacuum has been there,
- * nobody knows of the room: say so in its stead.  Returns true if there may be
- * more of them.
+ * Returns true if there may be more of them.
+ *
+ * The deltas that stood in front are gone, but until a vacuum has been there,
+ * nobody knows of the room: say so in its stead.  Room that is known of behind
+ * is hidden, or they would end up there again, and be moved for ever.
  */
 static bool
 move_totals(Relation rel)
 {
 	BlockNumber nblocks = front_blocks();
+	BlockNumber end = RelationGetNumberOfBlocks(rel);
+	Size		reserve = RelationGetTargetPageFreeSpace(rel, HEAP_DEFAULT_FILLFACTOR);
 	Size		space = 0;
+	bool		all_in_front = true;
+
+	/* A vacuum may have truncated it since the cycle began. */
+	if (end <= nblocks)
+	{
+		untidy = false;
+		return false;
+	}
 
 	/* Reading the blocks prunes them, if nobody can see those rows. */
 	run_statement(FOLD_COUNT, 0, 0, BLOCK_START(nblocks), NULL, SPI_OK_SELECT);
@@ -1279,17 +1289,27 @@ move_totals(Relation rel)
 		room = PageGetHeapFreeSpace(BufferGetPage(buffer));
 		UnlockReleaseBuffer(buffer);
 		RecordPageWithFreeSpace(rel, block, room);
-		space += room;
+		space += Max(room, reserve) - reserve;
 	}
-	FreeSpaceMapVacuumRange(rel, 0, nblocks);
-	if (space < (Size) nblocks * BLCKSZ / 2)
-		return false;			/* they would end up behind again */
+	if (space < nblocks * (BLCKSZ - reserve) / 2)
+		return false;			/* not enough of it */
+
+	for (BlockNumber block = nblocks; block < end; block++)
+	{
+		CHECK_FOR_INTERRUPTS();
+		RecordPageWithFreeSpace(rel, block, 0);
+	}
+	FreeSpaceMapVacuum(rel);
 
 	row_limit = TIDY_LIMIT;
 	run_statement(FOLD_MOVE, MANY_KEYS, BLOCK_START(nblocks), 0, NULL,
 				  SPI_OK_INSERT_RETURNING);
-	untidy = (SPI_processed >= TIDY_LIMIT);
-	return untidy;
+	for (uint64 i = 0; i < SPI_processed; i++)
+		all_in_front &= result_position(i) < BLOCK_START(nblocks);
+
+	/* If there was not room enough for these, a later cycle goes on. */
+	untidy = SPI_processed >= TIDY_LIMIT || !all_in_front;
+	return untidy && all_in_front;
 }
 
 /* -------------------------------------------------------------------------

@@ -1,0 +1,77 @@
+# After a backlog, totals come to the front of the table, whatever room the
+# table has and wherever the server knows of it, so that a vacuum makes the
+# table small again; and that comes to an end.
+#
+# It waits for worker_spi_fold(), which returns when the cycle is over.
+
+use strict;
+use warnings FATAL => 'all';
+
+use PostgreSQL::Test::Cluster;
+use PostgreSQL::Test::Utils;
+use Test::More;
+use t::WorkerSpi;
+
+my $node = new_node('tidy', <<'EOC');
+worker_spi.total_workers = 1
+autovacuum = off
+EOC
+
+# More totals than one transaction moves, all of them at the end of the table.
+my ($deltas, $keys) = (300_000, 25_000);
+
+sub fold_ends
+{
+	my ($test) = @_;
+	my ($ret, $out, $err) = $node->psql('postgres',
+		"SET statement_timeout = '60s'; SELECT worker_spi_fold(1)");
+	is("$out$err", 't', $test);
+	return;
+}
+
+foreach my $fillfactor (100, 50, 10)
+{
+	new_table($node, 1, <<EOC);
+CREATE TABLE %t (type text NOT NULL DEFAULT 'delta', value bigint NOT NULL, page int NOT NULL)
+	WITH (fillfactor = $fillfactor);
+CREATE UNIQUE INDEX ON %t (page) WHERE type = 'total'
+EOC
+
+	# The snapshot keeps the room of the deltas from being used again, until
+	# the vacuum makes all of it known.
+	my $holder = $node->background_psql('postgres');
+	$holder->query_safe('BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1');
+	$node->safe_psql('postgres', <<EOC);
+INSERT INTO schema1.counted (value, page) SELECT 1, n % $keys FROM generate_series(1, $deltas) AS n
+EOC
+	fold_ends("fillfactor $fillfactor: a backlog is folded");
+	$holder->query_safe('COMMIT');
+	$holder->quit;
+	$node->safe_psql('postgres', 'VACUUM schema1.counted');
+	my $large = $node->safe_psql('postgres', "SELECT pg_relation_size('schema1.counted')");
+
+	fold_ends('the next cycle comes to its end');
+	is(total($node, 1), $deltas, 'the count is right');
+	is( $node->safe_psql(
+			'postgres',
+			"SELECT count(*), min(value), max(value) FROM schema1.counted WHERE type = 'total'"),
+		"$keys|12|12",
+		'and so is each of the totals');
+
+	$node->safe_psql('postgres', 'VACUUM schema1.counted');
+	my $size = $node->safe_psql('postgres', "SELECT pg_relation_size('schema1.counted')");
+	note("$size of $large bytes are left");
+
+	# Where there is room for a few rows on a page only, they stay.
+	cmp_ok($size, '<=', $fillfactor > 10 ? 16 << 20 : $large, 'the table is small');
+
+	$node->safe_psql('postgres', 'SELECT worker_spi_fold(1)') foreach 1 .. 2;
+	my $wal = $node->safe_psql('postgres', 'SELECT pg_current_wal_insert_lsn()');
+	$node->safe_psql('postgres', 'SELECT worker_spi_fold(1)') foreach 1 .. 3;
+	is( $node->safe_psql('postgres',
+			"SELECT pg_current_wal_insert_lsn() - '$wal' < 10000"),
+		't', 'cycles with nothing to do move nothing');
+}
+
+$node->stop;
+done_testing();
