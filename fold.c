@@ -141,7 +141,8 @@ static const char *const statements[NUM_FOLD_STATEMENTS] = {
 	SUMS_AND_TOTALS
 	", updated AS ("
 	"UPDATE ONLY {table} AS total SET {set} FROM merged"
-	" WHERE {these totals}total.ctid {=} merged.tid AND merged.fits"
+	" WHERE total.ctid {=} ANY (ARRAY(SELECT tid FROM merged WHERE fits))"
+	" AND total.ctid {=} merged.tid AND merged.fits"
 	" RETURNING total.ctid"
 	"), inserted AS ("
 	"INSERT INTO {table} AS total ({key columns}type, {measure columns})"
@@ -267,13 +268,6 @@ static const struct Fragment
 	{"totals", FEW_KEYS, 0,
 		"LEFT JOIN LATERAL (SELECT total.ctid, total.xmin, {total measures}"
 	" FROM ONLY {table} AS total WHERE {is total}{same keys} OFFSET 0) AS total ON true", ""},
-
-	/*
-	 * by bitmap, or by ctid; a hash join in either case, since a nested loop
-	 * over what is stuck could take a hundred times as long
-	 */
-	{"these totals", MANY_KEYS, 0, "{is total} AND ", ""},
-	{"these totals", FEW_KEYS, 0, "total.ctid {=} ANY (ARRAY(SELECT tid FROM merged WHERE fits)) AND ", ""},
 
 	/*
 	 * = finds no NULL, and what finds it, no index can do; IS NULL would look
@@ -1240,15 +1234,18 @@ front_blocks(void)
  * through it all.  Small cycles need not care.  Where there are triggers, they
  * would take what we do for more than it is.
  *
- * While a snapshot of somebody's, be it that of a session that waits for this
- * very cycle, keeps the room of the deltas from being used again, it is left to
- * a later cycle.
+ * It is left to the cycles after that of the backlog, which somebody may wait
+ * for, and whose snapshot would keep the room of the deltas from being used
+ * again.
  */
 static bool
 wants_tidying(void)
 {
 	if (Cycle.rows >= TIDY_ROWS)
+	{
 		untidy = true;
+		return false;
+	}
 	return untidy &&
 		Cycle.end > BLOCK_START(2 * front_blocks()) &&
 		Table.replication_role == SESSION_REPLICATION_ROLE_REPLICA;
