@@ -64,6 +64,7 @@
 #include "rewrite/rewriteHandler.h"
 #include "storage/bufmgr.h"
 #include "storage/freespace.h"
+#include "storage/procarray.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
 #include "utils/fmgrprotos.h"
@@ -1234,18 +1235,15 @@ front_blocks(void)
  * through it all.  Small cycles need not care.  Where there are triggers, they
  * would take what we do for more than it is.
  *
- * It is left to the cycles after that of the backlog, which somebody may wait
- * for, and whose snapshot would keep the room of the deltas from being used
- * again.
+ * While a snapshot of somebody's, be it that of a session that waits for this
+ * very cycle, keeps the room of the deltas from being used again, it is left to
+ * a later cycle.
  */
 static bool
 wants_tidying(void)
 {
 	if (Cycle.rows >= TIDY_ROWS)
-	{
 		untidy = true;
-		return false;
-	}
 	return untidy &&
 		Cycle.end > BLOCK_START(2 * front_blocks()) &&
 		Table.replication_role == SESSION_REPLICATION_ROLE_REPLICA;
@@ -1264,9 +1262,10 @@ move_totals(Relation rel)
 {
 	BlockNumber nblocks = front_blocks();
 	BlockNumber end = RelationGetNumberOfBlocks(rel);
-	Size		reserve = RelationGetTargetPageFreeSpace(rel, HEAP_DEFAULT_FILLFACTOR);
+	Size		reserve = RelationGetTargetPageFreeSpace(rel,
+														 HEAP_DEFAULT_FILLFACTOR);
 	Size		space = 0;
-	bool		all_in_front = true;
+	uint64		in_front = 0;
 
 	/* A vacuum may have truncated it since the cycle began. */
 	if (end <= nblocks)
@@ -1275,8 +1274,23 @@ move_totals(Relation rel)
 		return false;
 	}
 
-	/* Reading the blocks prunes them, if nobody can see those rows. */
+	/*
+	 * Reading a block prunes it, if nobody can see those rows.  The server has
+	 * to find out anew who can, and it prunes only what seems to be full, as
+	 * no block does that inserts have filled up to the fill factor.  That is a
+	 * hint, so it need not last.
+	 */
+	(void) GetOldestNonRemovableTransactionId(rel);
+	for (BlockNumber block = 0; block < nblocks; block++)
+	{
+		Buffer		buffer = ReadBuffer(rel, block);
+
+		LockBuffer(buffer, BUFFER_LOCK_EXCLUSIVE);
+		PageSetFull(BufferGetPage(buffer));
+		UnlockReleaseBuffer(buffer);
+	}
 	run_statement(FOLD_COUNT, 0, 0, BLOCK_START(nblocks), NULL, SPI_OK_SELECT);
+
 	for (BlockNumber block = 0; block < nblocks; block++)
 	{
 		Buffer		buffer = ReadBuffer(rel, block);
@@ -1297,16 +1311,21 @@ move_totals(Relation rel)
 		RecordPageWithFreeSpace(rel, block, 0);
 	}
 	FreeSpaceMapVacuum(rel);
+	RelationSetTargetBlock(rel, InvalidBlockNumber);	/* where we last wrote */
 
 	row_limit = TIDY_LIMIT;
 	run_statement(FOLD_MOVE, MANY_KEYS, BLOCK_START(nblocks), 0, NULL,
 				  SPI_OK_INSERT_RETURNING);
 	for (uint64 i = 0; i < SPI_processed; i++)
-		all_in_front &= result_position(i) < BLOCK_START(nblocks);
+		in_front += result_position(i) < BLOCK_START(nblocks);
 
-	/* If there was not room enough for these, a later cycle goes on. */
-	untidy = SPI_processed >= TIDY_LIMIT || !all_in_front;
-	return untidy && all_in_front;
+	/*
+	 * Go on as long as there is room, in a later cycle if somebody else took
+	 * it; but if none has come to the front, leave them where they are.
+	 */
+	untidy = in_front > 0 &&
+		(SPI_processed >= TIDY_LIMIT || in_front < SPI_processed);
+	return untidy && in_front == SPI_processed;
 }
 
 /* -------------------------------------------------------------------------
