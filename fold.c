@@ -1275,10 +1275,10 @@ move_totals(Relation rel)
 	}
 
 	/*
-	 * Reading a block prunes it, if nobody can see those rows.  The server has
-	 * to find out anew who can, and it prunes only what seems to be full, as
-	 * no block does that inserts have filled up to the fill factor.  That is a
-	 * hint, so it need not last.
+	 * Reading a block prunes it, if nobody can see those rows.  The server
+	 * has to find out anew who can, and it prunes only what seems to be full,
+	 * as no block does that inserts have filled up to the fill factor.  That
+	 * is a hint, so it need not last.
 	 */
 	(void) GetOldestNonRemovableTransactionId(rel);
 	for (BlockNumber block = 0; block < nblocks; block++)
