@@ -130,6 +130,19 @@ EOS
 	return worker($node, 1, 'pid');
 }
 
+# Run what asks the worker for a fold; returns its output, or nothing if the
+# worker is about to go, so that there is none to ask.
+sub run_with_worker
+{
+	my ($sql) = @_;
+
+	worker_pid();
+	my ($ret, $out, $err) = $node->psql('postgres', "\\set VERBOSITY verbose\n$sql",
+		on_error_stop => 1);
+	die $err if $ret != 0 && $err !~ /ERROR:  55000: worker with index 1 is not running/;
+	return $ret == 0 ? $out : '';
+}
+
 sub restart
 {
 	my ($mode) = @_;
@@ -164,7 +177,7 @@ my %faults = (
 	},
 	'worker cancelled' => sub {
 		my $pid = worker_pid();
-		return run(<<EOS) eq 't';
+		return run_with_worker(<<EOS) eq 't';
 SELECT worker_spi_fold(1, wait => false) \\gset
 SELECT pg_cancel_backend($pid)
 EOS
@@ -270,7 +283,7 @@ EOS
 
 	# Until the worker or a client has run into it.
 	'table locked' => sub {
-		run(<<EOS);
+		return run_with_worker(<<EOS) eq 'waits';
 DO \$\$
 BEGIN
 	LOCK TABLE schema1.counted;
@@ -279,9 +292,9 @@ BEGIN
 		EXIT WHEN EXISTS (SELECT FROM pg_locks
 			WHERE relation = 'schema1.counted'::regclass AND NOT granted);
 	END LOOP;
-END \$\$
+END \$\$;
+SELECT 'waits'
 EOS
-		return 1;
 	},
 
 	# The worker makes another, and clients count there meanwhile.
