@@ -34,6 +34,8 @@
 
 #include "postgres.h"
 
+#include <math.h>
+
 #include "access/genam.h"
 #include "access/htup_details.h"
 #include "access/relation.h"
@@ -58,6 +60,7 @@
 #include "nodes/makefuncs.h"
 #include "nodes/nodeFuncs.h"
 #include "optimizer/optimizer.h"
+#include "optimizer/plancat.h"
 #include "parser/parse_param.h"
 #include "pgstat.h"
 #include "portability/instr_time.h"
@@ -108,23 +111,19 @@ typedef enum FoldStatement
 
 #define NAME_LENGTH		60		/* of a key in the log */
 
-/* The keys of what is stuck. */
-#define STUCK \
-	"stuck AS MATERIALIZED (" \
-	"SELECT {keys as}pg_catalog.min(t.ctid) AS tid FROM ONLY {table} AS t" \
-	" WHERE t.ctid {=} ANY ($3) AND {is delta} GROUP BY ({unit}))"
-
 /*
- * The sums of a range, and the totals they are to go to.  A total is addressed
- * by its ctid from here on, so that it is looked up once.
+ * Which deltas of a range are of the keys that are stuck, or are not.  GROUP BY
+ * tells keys apart, here as everywhere, since it alone takes NULLs for equal.
  */
-#define SUMS_AND_TOTALS \
-	"WITH {stuck}sums AS MATERIALIZED (" \
-	"SELECT {keys as}{sums as}pg_catalog.count(*) AS rows, {sample} AS sample" \
-	" FROM ONLY {table} AS t{join stuck}" \
-	" WHERE {is delta} AND {in range}{not stuck}" \
-	" GROUP BY ({keys}) HAVING pg_catalog.count(*) {>} 0" \
-	"), merged AS MATERIALIZED ({merged})"
+#define OF_KEYS(condition) \
+	"t.ctid {=} ANY (ARRAY(" \
+	"SELECT pg_catalog.unnest(pg_catalog.array_agg(tid)) FROM (" \
+	"SELECT {keys as}t.ctid AS tid, false AS stuck" \
+	" FROM ONLY {table} AS t WHERE {is delta} AND {in range}" \
+	" UNION ALL" \
+	" SELECT {keys as}NULL, true" \
+	" FROM ONLY {table} AS t WHERE {is delta} AND t.ctid {=} ANY ($3)" \
+	") AS either GROUP BY ({k}) HAVING " condition "))"
 
 static const char *const statements[NUM_FOLD_STATEMENTS] = {
 	/* Find the first delta from $1 on. */
@@ -137,18 +136,32 @@ static const char *const statements[NUM_FOLD_STATEMENTS] = {
 	"SELECT t.ctid FROM ONLY {table} AS t"
 	" WHERE {is delta} AND {in range} OFFSET $5 LIMIT 1",
 
-	/* Add the deltas of a range to the totals, but for sums that do not fit. */
+	/*
+	 * Add deltas to the totals, but for sums that do not fit.  Both are
+	 * grouped together, which is cheaper than to join sums with totals; from
+	 * there on a total is found by its ctid.
+	 */
 	[FOLD_ADD] =
-	SUMS_AND_TOTALS
-	", updated AS ("
+	"WITH merged AS MATERIALIZED ("
+	"SELECT *, {fits} AS fits FROM ("
+	"SELECT {k, }{new totals}pg_catalog.sum(rows) AS rows,"
+	" pg_catalog.min(sample) AS sample, pg_catalog.min(tid) AS tid,"
+	" COALESCE(pg_catalog.bool_and(fresh), true) AS fresh FROM ("
+	"{deltas}"
+	" UNION ALL"
+	" SELECT {total keys}{total measures}0, NULL, total.ctid,"
+	" pg_catalog.age(total.xmin) {>} pg_catalog.age($4)"
+	" FROM ONLY {table} AS total WHERE {these totals}"
+	") AS parts GROUP BY ({k}) HAVING pg_catalog.sum(rows) {>} 0"
+	") AS m ORDER BY tid"
+	"), updated AS ("
 	"UPDATE ONLY {table} AS total SET {set} FROM merged"
-	" WHERE total.ctid {=} ANY (ARRAY(SELECT tid FROM merged WHERE fits))"
-	" AND total.ctid {=} merged.tid AND merged.fits"
+	" WHERE total.ctid {=} merged.tid AND merged.fits"
 	" RETURNING total.ctid"
 	"), inserted AS ("
 	"INSERT INTO {table} AS total ({key columns}type, {measure columns})"
 	" OVERRIDING SYSTEM VALUE"
-	" SELECT {key values}'total', {measure values} FROM merged"
+	" SELECT {k, }'total', {new values} FROM merged"
 	" WHERE merged.tid IS NULL AND merged.fits"
 	" RETURNING total.ctid"
 	") SELECT"
@@ -157,26 +170,24 @@ static const char *const statements[NUM_FOLD_STATEMENTS] = {
 	" (SELECT pg_catalog.count(*) FROM updated)"
 	" {+} (SELECT pg_catalog.count(*) FROM inserted),"
 	" pg_catalog.count(*) FILTER (WHERE fits AND fresh),"
-	" CAST(pg_catalog.max({total}) FILTER (WHERE fits) AS pg_catalog.int8),"
+	" CAST(pg_catalog.max({new value}) FILTER (WHERE fits) AS pg_catalog.int8),"
 	" pg_catalog.array_agg(sample) FILTER (WHERE NOT fits)"
 	" FROM merged",
 
 	/* Delete the same deltas; under the same snapshot they are the same. */
 	[FOLD_DELETE] =
-	"{with stuck}DELETE FROM ONLY {table} AS t"
-	" WHERE {is delta} AND {in range}{not stuck}{of stuck}",
+	"DELETE FROM ONLY {table} AS t WHERE {these deltas}",
 
 	/* Without keys: the last row up to which the sum of a range fits. */
 	[FOLD_PREFIX] =
-	"{with stuck}SELECT pg_catalog.max(m.tid) FROM (SELECT t.ctid AS tid, {running sums}"
+	"SELECT pg_catalog.max(tid) FROM (SELECT t.ctid AS tid, {running sums}"
 	" FROM ONLY {table} AS t LEFT JOIN ONLY {table} AS total ON {is total}"
-	" WHERE {is delta} AND {in range}{not stuck}"
+	" WHERE {these deltas}"
 	" WINDOW w AS (ORDER BY t.ctid)) AS m WHERE {fits}",
 
 	/* How many deltas a range still has, and what their keys look like. */
 	[FOLD_COUNT] =
-	"{with stuck}SELECT pg_catalog.count(*) FROM ONLY {table} AS t"
-	" WHERE {is delta} AND {in range}{of stuck}",
+	"SELECT pg_catalog.count(*) FROM ONLY {table} AS t WHERE {these deltas}",
 	[FOLD_NAMES] =
 	"SELECT t.ctid, pg_catalog.left(CAST(ROW({keys}) AS pg_catalog.text), " CppAsString2(NAME_LENGTH) ")"
 	" FROM ONLY {table} AS t WHERE t.ctid {=} ANY ($3) AND {is delta}",
@@ -190,38 +201,33 @@ static const char *const statements[NUM_FOLD_STATEMENTS] = {
 	" RETURNING {keys as}{measures as}"
 	") INSERT INTO {table} AS total ({key columns}type, {measure columns})"
 	" OVERRIDING SYSTEM VALUE"
-	" SELECT {key values}'total', {measure values} FROM merged"
+	" SELECT {k, }'total', {new values} FROM merged"
 	" RETURNING total.ctid",
 };
 
 /* What a statement is built for: each bit includes some fragments. */
-#define ALL_ROWS		0x40	/* neither of the next two */
-#define BUT_STUCK		0x01	/* leave out what is stuck */
-#define ONLY_STUCK		0x02	/* nothing but what is stuck */
-#define FEW_KEYS		0x04	/* look each total up in the index */
-#define MANY_KEYS		0x08	/* hash all totals */
-#define WITH_KEYS		0x10
-#define WITHOUT_KEYS	0x20
-#define NULL_BRANCHES	0x80	/* one branch for each choice of NULL keys */
-#define NULL_SAFE		0x100	/* too many choices: one branch, hashed */
-#define ALL_HASHABLE	0x200	/* some key may be NULL, all can be hashed */
+#define ALL_ROWS		0x01	/* neither of the next two */
+#define BUT_STUCK		0x02	/* leave out what is stuck */
+#define ONLY_STUCK		0x04	/* nothing but what is stuck */
+#define FEW_KEYS		0x08	/* look each total up in the index */
+#define MANY_KEYS		0x10	/* read all totals */
+#define WITH_KEYS		0x20
+#define WITHOUT_KEYS	0x40
+#define NULL_KEYS		0x80	/* some key may be NULL */
 
 /* What a column is; a fragment may be there for some columns only. */
 #define KEY				0x01
-#define MEASURE			0x02
-#define SUMMED			0x04
-#define VALUE			0x80	/* the column of that name */
-#define NULLABLE		0x08
-#define STRICT			0x10	/* not NULLABLE */
-#define IS_NULL			0x20	/* taken as NULL in this branch */
-#define IS_NOT_NULL		0x40	/* not taken as NULL */
+#define NULLABLE		0x02	/* a key that may be NULL */
+#define MEASURE			0x04
+#define SUMMED			0x08	/* a measure that may not fit */
+#define VALUE			0x10	/* the column of that name */
 
 /*
  * A fragment without columns is there once; one with columns is there for each
  * column that has all these flags.  In it, %c is the column's name, %i its
  * number, %= its equality operator, %t its type, %l and %h the lowest and
- * highest value of that, and %a and %n are the aggregate and the new total of
- * its measure.  All of one name that apply follow each other.
+ * highest value of that, and %a and %n are the aggregate of its measure and
+ * what changes nothing in that.
  */
 static const struct Fragment
 {
@@ -238,92 +244,84 @@ static const struct Fragment
 	{"is total", 0, 0, "total.type {=} 'total'::pg_catalog.text", ""},
 	{"in range", 0, 0, "t.ctid {>=} $1 AND t.ctid {<} $2", ""},
 
-	/* lists of columns */
+	/*
+	 * lists of columns: of deltas, of totals, and then of what is made of
+	 * both
+	 */
 	{"keys", 0, KEY, "t.%c", ", "},
 	{"keys as", 0, KEY, "t.%c AS k%i, ", ""},
 	{"key columns", 0, KEY, "%c, ", ""},
-	{"key values", 0, KEY, "merged.k%i, ", ""},
-	{"sums as", 0, MEASURE, "%a AS v%i, ", ""},
-	{"measures as", 0, MEASURE, "t.%c AS n%i", ", "},
-	{"new totals", 0, MEASURE, "%n AS n%i", ", "},
-	{"total", 0, VALUE, "n%i", ""},
-	{"total measures", 0, MEASURE, "total.%c", ", "},
 	{"measure columns", 0, MEASURE, "%c", ", "},
-	{"measure values", 0, MEASURE, "CAST(merged.n%i AS %t)", ", "},
+	{"values as", 0, MEASURE, "t.%c AS v%i, ", ""},
+	{"sums as", 0, MEASURE, "pg_catalog.%a(t.%c) AS v%i, ", ""},
+	{"measures as", 0, MEASURE, "t.%c AS n%i", ", "},
+	{"total keys", 0, KEY, "total.%c, ", ""},
+	{"total measures", 0, MEASURE, "total.%c, ", ""},
+	{"k", 0, KEY, "k%i", ", "},
+	{"k, ", 0, KEY, "k%i, ", ""},
+	{"new totals", 0, MEASURE, "COALESCE(pg_catalog.%a(v%i), '%n') AS n%i, ", ""},
+	{"new values", 0, MEASURE, "CAST(merged.n%i AS %t)", ", "},
+	{"new value", 0, VALUE, "n%i", ""},
 	{"set", 0, MEASURE, "%c = CAST(merged.n%i AS %t)", ", "},
 	{"fits", 0, SUMMED, "m.n%i {>=} %l AND m.n%i {<=} %h", " AND "},
 	{"running sums", 0, SUMMED,
 	"COALESCE(total.%c, 0) {+} COALESCE(pg_catalog.sum(t.%c) OVER w, 0) AS n%i", ", "},
 
-	/*
-	 * sums beside their totals; OFFSET 0 keeps the planner from joining, and
-	 * from scanning an index in the order of a join, which rules out a bitmap
-	 */
-	{"branch", 0, 0,
-		"SELECT m.*, {fits} AS fits FROM (SELECT sums.*, total.ctid AS tid,"
-		" total.ctid IS NULL OR pg_catalog.age(total.xmin) {>} pg_catalog.age($4) AS fresh,"
-	" {new totals} FROM sums {totals} WHERE true{keys of branch}) AS m", ""},
-	{"totals", MANY_KEYS, 0,
-		"LEFT JOIN (SELECT total.ctid, total.xmin, {total key columns}{total measures}"
-	" FROM ONLY {table} AS total WHERE {is total} OFFSET 0) AS total ON true{same keys}", ""},
-	{"totals", FEW_KEYS, 0,
-		"LEFT JOIN LATERAL (SELECT total.ctid, total.xmin, {total measures}"
-	" FROM ONLY {table} AS total WHERE {is total}{same keys} OFFSET 0) AS total ON true", ""},
+	/* without keys, what is grouped is their sum */
+	{"deltas", WITH_KEYS, 0,
+		"SELECT {keys as}{values as}1 AS rows, {sample} AS sample, NULL AS tid, NULL AS fresh"
+	" FROM ONLY {table} AS t WHERE {these deltas}", ""},
+	{"deltas", WITHOUT_KEYS, 0,
+		"SELECT {sums as}pg_catalog.count(*) AS rows, pg_catalog.min(t.ctid) AS sample, NULL AS tid, NULL AS fresh"
+	" FROM ONLY {table} AS t WHERE {these deltas}", ""},
+	{"sample", ALL_ROWS, 0, "t.ctid", ""},
+	{"sample", BUT_STUCK, 0, "t.ctid", ""},
+	{"sample", ONLY_STUCK, 0,
+	"CASE WHEN t.ctid {=} ANY (SELECT pg_catalog.unnest($3)) THEN t.ctid END", ""},
+
+	/* a row that is stuck stands for its key, or else for itself */
+	{"these deltas", ALL_ROWS, 0, "{is delta} AND {in range}", ""},
+	{"these deltas", BUT_STUCK | WITH_KEYS, 0, OF_KEYS("NOT pg_catalog.bool_or(stuck)"), ""},
+	{"these deltas", ONLY_STUCK | WITH_KEYS, 0, OF_KEYS("pg_catalog.bool_or(stuck)"), ""},
+	{"these deltas", BUT_STUCK | WITHOUT_KEYS, 0,
+	"{is delta} AND {in range} AND NOT t.ctid {=} ANY (SELECT pg_catalog.unnest($3))", ""},
+	{"these deltas", ONLY_STUCK | WITHOUT_KEYS, 0, "{is delta} AND t.ctid {=} ANY ($3)", ""},
 
 	/*
-	 * = finds no NULL, and what finds it, no index can do; IS NULL would look
-	 * into a key of a composite type
+	 * = finds no NULL, and what finds it, no index can do: totals with NULL
+	 * in some key are all read, if there is such a delta
 	 */
-	{"same keys", NULL_BRANCHES, KEY | IS_NOT_NULL, " AND total.%c %= sums.k%i", ""},
-	{"same keys", NULL_BRANCHES, KEY | IS_NULL, " AND total.%c IS NOT DISTINCT FROM NULL", ""},
-	{"keys of branch", NULL_BRANCHES, KEY | NULLABLE | IS_NOT_NULL, " AND sums.k%i IS DISTINCT FROM NULL", ""},
-	{"keys of branch", NULL_BRANCHES, KEY | IS_NULL, " AND sums.k%i IS NOT DISTINCT FROM NULL", ""},
-	{"same keys", NULL_SAFE, KEY,
-	" AND (total.%c %= sums.k%i OR total.%c IS NOT DISTINCT FROM NULL AND sums.k%i IS NOT DISTINCT FROM NULL)", ""},
-	{"same keys", NULL_SAFE | ALL_HASHABLE, 0,
-	" AND pg_catalog.hash_record(ROW({total keys})) {=} pg_catalog.hash_record(ROW({sums keys}))", ""},
-	{"total keys", 0, KEY, "total.%c", ", "},
-	{"total key columns", 0, KEY, "total.%c, ", ""},
-	{"sums keys", 0, KEY, "sums.k%i", ", "},
-
-	/* what is stuck */
-	{"unit", WITH_KEYS, 0, "{keys}", ""},
-	{"unit", WITHOUT_KEYS, 0, "t.ctid", ""},
-	{"stuck", BUT_STUCK, 0, STUCK ", ", ""},
-	{"stuck", ONLY_STUCK, 0, STUCK ", ", ""},
-	{"with stuck", BUT_STUCK, 0, "WITH " STUCK " ", ""},
-	{"with stuck", ONLY_STUCK, 0, "WITH " STUCK " ", ""},
-	{"join stuck", ONLY_STUCK, 0, " JOIN stuck ON true{same unit}", ""},
-	{"of stuck", ONLY_STUCK, 0, " AND EXISTS (SELECT FROM stuck WHERE true{same unit})", ""},
-	{"not stuck", BUT_STUCK, 0, " AND NOT EXISTS (SELECT FROM stuck WHERE true{same unit})", ""},
-	{"same unit", WITHOUT_KEYS, 0, " AND stuck.tid {=} t.ctid", ""},
-	{"same unit", 0, KEY | STRICT, " AND stuck.k%i %= t.%c", ""},
-	{"same unit", 0, KEY | NULLABLE,
-	" AND (stuck.k%i %= t.%c OR stuck.k%i IS NOT DISTINCT FROM NULL AND t.%c IS NOT DISTINCT FROM NULL)", ""},
-	{"same unit", ALL_HASHABLE, 0,
-	" AND pg_catalog.hash_record(ROW({stuck keys})) {=} pg_catalog.hash_record(ROW({keys}))", ""},
-	{"stuck keys", 0, KEY, "stuck.k%i", ", "},
-	{"sample", ALL_ROWS, 0, "pg_catalog.min(t.ctid)", ""},
-	{"sample", BUT_STUCK, 0, "pg_catalog.min(t.ctid)", ""},
-	{"sample", ONLY_STUCK, 0, "pg_catalog.min(stuck.tid)", ""},
+	{"these totals", WITHOUT_KEYS, 0, "{is total}", ""},
+	{"these totals", WITH_KEYS | MANY_KEYS, 0, "{is total}", ""},
+	{"these totals", WITH_KEYS | FEW_KEYS, 0,
+		"total.ctid {=} ANY (ARRAY(SELECT found.ctid FROM ("
+		"SELECT {wanted keys} FROM ONLY {table} AS t WHERE {these deltas} GROUP BY ({keys})"
+		") AS wanted, LATERAL (SELECT total.ctid FROM ONLY {table} AS total"
+	" WHERE {is total}{same keys} OFFSET 0) AS found{null totals}))", ""},
+	{"wanted keys", 0, KEY, "t.%c AS k%i", ", "},
+	{"same keys", 0, KEY, " AND total.%c %= wanted.k%i", ""},
+	{"null totals", NULL_KEYS, 0,
+		" UNION ALL SELECT total.ctid FROM ONLY {table} AS total WHERE {is total} AND ({total is null})"
+	" AND EXISTS (SELECT FROM ONLY {table} AS t WHERE {these deltas} AND ({delta is null}))", ""},
+	{"total is null", 0, NULLABLE, "total.%c IS NOT DISTINCT FROM NULL", " OR "},
+	{"delta is null", 0, NULLABLE, "t.%c IS NOT DISTINCT FROM NULL", " OR "},
 };
 
 /*
- * What can be done with a measure: the aggregate over its deltas, the total
- * with that added, and the default by which it is known, which changes nothing.
+ * What can be done with a measure: the default by which it is known, which
+ * changes nothing, and the aggregate over all rows of a key.
  */
 static const struct MeasureKind
 {
 	const char *neutral;
 	int			flags;
 	const char *aggregate;
-	const char *new_total;
 }			measure_kinds[] =
 
 {
-	{"0", SUMMED, "COALESCE(pg_catalog.sum(t.%c), 0)", "COALESCE(total.%c, 0) {+} sums.v%i"},
-	{"-infinity", 0, "pg_catalog.max(t.%c)", "GREATEST(total.%c, sums.v%i)"},
-	{"infinity", 0, "pg_catalog.min(t.%c)", "LEAST(total.%c, sums.v%i)"},
+	{"0", SUMMED, "sum"},
+	{"-infinity", 0, "max"},
+	{"infinity", 0, "min"},
 };
 
 /* Their types. */
@@ -349,13 +347,15 @@ static const struct MeasureType
  */
 
 /*
- * How long a share is to take, the last one up to half as long again.  Nobody
- * is to wait for it for long; but a key that has deltas in many shares has its
- * total written as many times.
+ * How long a share is to take.  Nobody is to wait for it for long; but a key
+ * that has deltas in many shares has its total written as many times, so they
+ * are not to be many.
  */
-#define SHARE_MS			300.0
-#define MIN_BLOCKS			64	/* to begin with, and on a slow machine */
-#define MAX_BLOCKS			8192	/* a table may become denser at any time */
+#define SHARE_MS			380.0
+#define SHARE_STRETCH		1.25	/* up to so much longer, if that saves one */
+#define FIRST_BLOCKS		256
+#define MIN_BLOCKS			64	/* on a slow machine */
+#define MAX_BLOCKS			16384	/* a table may become denser at any time */
 
 #define MAX_STUCK			1024	/* keys or rows that are remembered */
 #define MAX_ASIDE			64	/* ranges set aside */
@@ -366,7 +366,6 @@ static const struct MeasureType
 #define TIDY_ROWS			200000	/* a backlog; smaller ones leave no trace */
 #define TIDY_LIMIT			10000	/* totals to move in one share */
 #define MAX_LOG_LINES		10	/* in one cycle, about what is stuck */
-#define MAX_NULL_COLUMNS	3	/* keys with a branch for each choice */
 
 /*
  * A place in the table, or in the array of what is stuck.  Rows are numbered
@@ -405,7 +404,7 @@ typedef struct Column
 
 /* A statement has one plan for each of these choices. */
 #define PLAN_NUMBER(which, built_for) \
-	((which) * 6 + ((built_for) & (BUT_STUCK | ONLY_STUCK)) * 2 + \
+	((which) * 6 + ((built_for) & (BUT_STUCK | ONLY_STUCK)) + \
 	 (((built_for) & MANY_KEYS) ? 1 : 0))
 #define NUM_FOLD_PLANS		(NUM_FOLD_STATEMENTS * 6)
 
@@ -551,7 +550,7 @@ static bool untidy;				/* are totals to be brought to the front? */
 static BlockNumber index_blocks;	/* in the index on totals */
 
 /* How fast it goes. */
-static double range_blocks = MIN_BLOCKS;
+static double range_blocks = FIRST_BLOCKS;
 static double rows_per_block;	/* the most that were seen */
 
 static Relation open_table(SavedIdentity *saved);
@@ -922,11 +921,18 @@ fold_range(void)
 	if (from >= Cycle.end)
 		return false;
 
-	/* A short rest would write most totals once more, for little. */
 	if (search->depth > 0)
 		to = Min(to, search->end[search->depth - 1]);
-	else if (to - from > BLOCK_START(1.5 * range_blocks))
-		to = BLOCK_START(from / ROWS_PER_BLOCK + (BlockNumber) range_blocks);
+	else
+	{
+		/* as few as it takes, all of one size */
+		double		blocks = (double) (to - from) / ROWS_PER_BLOCK;
+		double		shares = Max(rint(blocks / range_blocks),
+								 ceil(blocks / range_blocks / SHARE_STRETCH));
+
+		if (shares > 1)
+			to = BLOCK_START(from / ROWS_PER_BLOCK + 1 + (uint64) (blocks / shares));
+	}
 	if (from < to)
 	{
 		Share.from = from;
@@ -947,11 +953,11 @@ adapt_range(int64 rows, double ms)
 
 	/* What was fast for want of rows, or cut short, does not show a thing. */
 	rows_per_block = Max(rows_per_block, rows / blocks);
-	if (wanted > range_blocks &&
-		(blocks < range_blocks || rows / blocks < rows_per_block / 2))
-		return;
-	wanted = Max(range_blocks / 4, Min(wanted, range_blocks * 2));
-	range_blocks = Max(MIN_BLOCKS, Min(wanted, MAX_BLOCKS));
+	if (ms > SHARE_MS)
+		range_blocks = Max(wanted, range_blocks / 4);
+	else if (blocks >= range_blocks / 2 && rows / blocks >= rows_per_block / 2)
+		range_blocks = Max(range_blocks, Min(wanted, range_blocks * 4));
+	range_blocks = Max(MIN_BLOCKS, Min(range_blocks, MAX_BLOCKS));
 }
 
 /* -------------------------------------------------------------------------
@@ -1141,9 +1147,9 @@ longest_fit(Position from, Position to, const TidList *tids)
 }
 
 /*
- * Would it cost more to look each key's total up than to hash all of them?
- * The size of the index tells how many totals there are, at some 100 to 200
- * on a page; a hash of them costs what it costs to look some tenth of them up.
+ * Would it cost more to look each key's total up than to read all of them?
+ * Looking one up costs some 3 to 6 microseconds, by its type and collation, and
+ * reading one costs 1.
  */
 static bool
 has_many_keys(Position from, Position to)
@@ -1152,17 +1158,19 @@ has_many_keys(Position from, Position to)
 
 	if (!Table.has_keys)
 		return false;
-	if (Table.bits & NULL_SAFE)
-		return true;
 
 	/* Somebody may be dropping it concurrently. */
+	row_limit = 0;
 	index = try_relation_open(Table.total_index, AccessShareLock);
 	if (index)
 	{
-		index_blocks = RelationGetNumberOfBlocks(index);
+		double		totals;
+		double		allvisfrac;
+
+		estimate_rel_size(index, NULL, &index_blocks, &totals, &allvisfrac);
+		row_limit = totals / 5;
 		relation_close(index, AccessShareLock);
 	}
-	row_limit = (int64) index_blocks * 20;
 	run_statement(FOLD_MANY, 0, from, to, NULL, SPI_OK_SELECT);
 	return SPI_processed > 0;
 }
@@ -1235,17 +1243,17 @@ front_blocks(void)
  * through it all.  Small cycles need not care.  Where there are triggers, they
  * would take what we do for more than it is.
  *
- * While a snapshot of somebody's, be it that of a session that waits for this
- * very cycle, keeps the room of the deltas from being used again, it is left to
- * a later cycle.
+ * It is left to the next cycle: nobody has to wait for it, and whoever waits
+ * for this one has a snapshot that keeps the room of the deltas from being used
+ * again.  As long as somebody else's does, it is left to a later one.
  */
 static bool
 wants_tidying(void)
 {
-	if (Cycle.rows >= TIDY_ROWS)
-		untidy = true;
-	return untidy &&
-		Cycle.end > BLOCK_START(2 * front_blocks()) &&
+	bool		wanted = untidy && Cycle.end > BLOCK_START(2 * front_blocks());
+
+	untidy = wanted || Cycle.rows >= TIDY_ROWS;
+	return wanted &&
 		Table.replication_role == SESSION_REPLICATION_ROLE_REPLICA;
 }
 
@@ -1627,7 +1635,7 @@ static void expand(StringInfo sql, const char *text, const Column *column,
 
 /* Append what a % in a fragment stands for. */
 static void
-expand_column(StringInfo sql, char what, const Column *column, int built_for)
+expand_column(StringInfo sql, char what, const Column *column)
 {
 	Assert(column != NULL);		/* no other fragment has a % */
 	switch (what)
@@ -1651,53 +1659,13 @@ expand_column(StringInfo sql, char what, const Column *column, int built_for)
 			appendStringInfoString(sql, column->type->highest);
 			break;
 		case 'a':
-			expand(sql, column->kind->aggregate, column, built_for);
+			appendStringInfoString(sql, column->kind->aggregate);
 			break;
 		case 'n':
-			expand(sql, column->kind->new_total, column, built_for);
+			appendStringInfoString(sql, column->kind->neutral);
 			break;
 		default:
 			elog(ERROR, "unexpected %%%c in a fragment", what);
-	}
-}
-
-/*
- * Append one branch for each choice of keys that may be NULL: of a NULL key,
- * an index can find the total by IS NULL, of others by equality.
- */
-static void
-expand_branches(StringInfo sql, int built_for)
-{
-	int			nnullable = 0;
-
-	for (int i = 0; i < Table.ncolumns; i++)
-	{
-		if ((Table.columns[i].flags & (KEY | NULLABLE)) == (KEY | NULLABLE))
-			nnullable++;
-	}
-	if (built_for & NULL_SAFE)
-		nnullable = 0;
-	for (int choice = 0; choice < (1 << nnullable); choice++)
-	{
-		int			bit = 1;
-
-		for (int i = 0; i < Table.ncolumns; i++)
-		{
-			Column	   *column = &Table.columns[i];
-
-			column->flags &= ~(IS_NULL | IS_NOT_NULL);
-			if (nnullable > 0 &&
-				(column->flags & (KEY | NULLABLE)) == (KEY | NULLABLE))
-			{
-				column->flags |= (choice & bit) ? IS_NULL : IS_NOT_NULL;
-				bit <<= 1;
-			}
-			else
-				column->flags |= IS_NOT_NULL;
-		}
-		if (choice > 0)
-			appendStringInfoString(sql, " UNION ALL ");
-		expand(sql, "{branch}", NULL, built_for);
 	}
 }
 
@@ -1709,8 +1677,6 @@ expand_name(StringInfo sql, const char *name, int built_for)
 
 	if (strcmp(name, "table") == 0)
 		appendStringInfoString(sql, my_table);
-	else if (strcmp(name, "merged") == 0)
-		expand_branches(sql, built_for);
 	else if (!isalpha((unsigned char) name[0]))
 		appendStringInfo(sql, "OPERATOR(pg_catalog.%s)", name);
 	else
@@ -1758,7 +1724,7 @@ expand(StringInfo sql, const char *text, const Column *column, int built_for)
 			p = end;
 		}
 		else if (*p == '%')
-			expand_column(sql, *++p, column, built_for);
+			expand_column(sql, *++p, column);
 		else
 			appendStringInfoChar(sql, *p);
 	}
@@ -2225,7 +2191,7 @@ add_column(Form_pg_attribute att, int flags, const struct MeasureKind *kind)
 	Column	   *column = &Table.columns[Table.ncolumns++];
 
 	MemSet(column, 0, sizeof(Column));
-	column->flags = flags | (att->attnotnull ? STRICT : NULLABLE) | IS_NOT_NULL;
+	column->flags = flags;
 	column->number = Table.ncolumns;
 	column->name = MemoryContextStrdup(Table.context,
 									   quote_identifier(NameStr(att->attname)));
@@ -2239,7 +2205,7 @@ add_column(Form_pg_attribute att, int flags, const struct MeasureKind *kind)
 	else
 	{
 		TypeCacheEntry *cache = lookup_type_cache(att->atttypid,
-												  TYPECACHE_EQ_OPR | TYPECACHE_HASH_PROC);
+												  TYPECACHE_EQ_OPR);
 		Oid			nsp = InvalidOid;
 		HeapTuple	tuple = SearchSysCache1(OPEROID, ObjectIdGetDatum(cache->eq_opr));
 
@@ -2252,8 +2218,11 @@ add_column(Form_pg_attribute att, int flags, const struct MeasureKind *kind)
 										 quote_identifier(get_namespace_name(nsp)),
 										 NameStr(((Form_pg_operator) GETSTRUCT(tuple))->oprname)));
 		ReleaseSysCache(tuple);
-		if (!OidIsValid(cache->hash_proc))
-			Table.bits &= ~ALL_HASHABLE;
+		if (!att->attnotnull)
+		{
+			column->flags |= NULLABLE;
+			Table.bits |= NULL_KEYS;
+		}
 	}
 }
 
@@ -2287,7 +2256,6 @@ describe_columns(Relation rel)
 	Bitmapset  *keys = NULL;
 	Bitmapset  *others = NULL;
 	bool		has_index;
-	int			nnullable = 0;
 
 	if (type->atttypid != TEXTOID)
 		ereport(ERROR,
@@ -2303,8 +2271,8 @@ describe_columns(Relation rel)
 				 errdetail("It must have type bigint or integer.")));
 
 	has_index = find_total_index(rel, type, value->attnum, &keys);
-	Table.bits = ALL_HASHABLE;
 	Table.has_keys = (keys != NULL);
+	Table.bits = keys ? WITH_KEYS : WITHOUT_KEYS;
 	add_column(value, MEASURE | VALUE, &measure_kinds[0]);
 	for (int i = 0; i < desc->natts; i++)
 	{
@@ -2315,10 +2283,7 @@ describe_columns(Relation rel)
 			att == type || att == value)
 			continue;
 		if (bms_is_member(att->attnum, keys))
-		{
 			add_column(att, KEY, NULL);
-			nnullable += !att->attnotnull;
-		}
 		else if ((kind = measure_kind(rel, att)) != NULL)
 			add_column(att, MEASURE, kind);
 		else
@@ -2345,10 +2310,6 @@ describe_columns(Relation rel)
 				 errhint("Drop index %s and make one that has the column, or make the column a measure.",
 						 quote_qualified_identifier(my_schema, get_rel_name(Table.total_index)))));
 
-	Table.bits |= keys ? WITH_KEYS : WITHOUT_KEYS;
-	Table.bits |= nnullable > MAX_NULL_COLUMNS ? NULL_SAFE : NULL_BRANCHES;
-	if (nnullable == 0)
-		Table.bits &= ~ALL_HASHABLE;
 	return has_index ? NULL : create_index_command(rel, NULL);
 }
 
@@ -2544,10 +2505,11 @@ open_table(SavedIdentity *saved)
 		{"enable_tidscan", "on"},
 		/* sorting by a collation costs thrice what hashing does */
 		{"enable_hashagg", "on"},
-		{"enable_hashjoin", "on"},
-		{"enable_nestloop", "off"},
-		{"enable_mergejoin", "off"},
 		{"enable_sort", "off"},
+		/* what is joined, is looked up */
+		{"enable_nestloop", "on"},
+		{"enable_hashjoin", "off"},
+		{"enable_mergejoin", "off"},
 		/* for the keys of one range */
 		{"work_mem", "32MB"},
 	};
