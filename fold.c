@@ -378,16 +378,14 @@ typedef uint64 Position;
 #define TABLE_END			BLOCK_START(MaxBlockNumber)
 
 /*
- * A search for what makes a range fail.  While depth is 0, there is none, and
- * next is where the next range begins.  Otherwise the next piece to try ends
- * at end[depth - 1], the one after it at end[depth - 2], and so on.
+ * A search for what makes a range fail, by halves.  While size is 0, there is
+ * none, and next is where the next range begins.
  */
 typedef struct Search
 {
 	Position	next;			/* all before is done */
-	int			depth;			/* pieces that wait to be tried */
-	Position	end[64];
-	bool		bad[64];		/* is the piece known to fail as a whole? */
+	Position	size;			/* try no more than this at once */
+	Position	bad_until;		/* all from next to here fails as a whole */
 } Search;
 
 /* A column that is a key or a measure. */
@@ -793,8 +791,7 @@ begin_cycle(Relation rel, bool retry)
 	}
 	Cycle.phase = PHASE_RANGES;
 	Cycle.end = BLOCK_START(RelationGetNumberOfBlocks(rel));
-	Cycle.search.next = 0;
-	Cycle.search.depth = 0;
+	MemSet(&Cycle.search, 0, sizeof(Search));
 	Cycle.first_suspect = retry ? 0 : Stuck.nrows;
 }
 
@@ -830,8 +827,8 @@ run_phase(Relation rel)
 		{
 			case PHASE_JUDGE:
 				more = Cycle.first_suspect < Stuck.nrows;
+				MemSet(&Cycle.search, 0, sizeof(Search));
 				Cycle.search.next = Cycle.first_suspect;
-				Cycle.search.depth = 0;
 				break;
 			case PHASE_REPORT:
 				more = anything_stuck();
@@ -852,27 +849,18 @@ first_delta(Position from)
 	return SPI_processed > 0 ? result_position(0) : TABLE_END;
 }
 
-/* A piece was folded: go on behind it. */
+/*
+ * A piece was folded: go on behind it.  If it was part of one that had failed,
+ * the rest of that would fail, so try half of it.
+ */
 static void
 search_passed(Search *search, Position to)
 {
-	bool		popped = false;
-
 	search->next = to;
-	while (search->depth > 0 && search->end[search->depth - 1] <= to)
-	{
-		search->depth--;
-		popped = true;
-	}
-
-	/* If a piece fails and its first half does not, the second one does. */
-	if (popped && search->depth > 0 && search->bad[search->depth - 1] &&
-		search->end[search->depth - 1] > to + 1)
-	{
-		search->end[search->depth] =
-			to + (search->end[search->depth - 1] - to) / 2;
-		search->bad[search->depth++] = false;
-	}
+	if (to < search->bad_until)
+		search->size = Max((search->bad_until - to) / 2, 1);
+	else
+		search->size = search->size < TABLE_END ? search->size * 2 : 0;
 }
 
 /* A piece failed: halve it.  Returns true if it cannot be halved. */
@@ -880,22 +868,13 @@ static bool
 search_failed(Search *search, Position from, Position to)
 {
 	search->next = from;
-	if (search->depth == 0)
-		search->end[search->depth++] = to;
-	else if (search->depth > 1)
-		search->bad[search->depth - 2] = false; /* may be this half's fault */
-
-	if (to - from <= 1)
-	{
-		search->next = to;
-		if (search->end[search->depth - 1] <= to)
-			search->depth--;
-		return true;
-	}
-	search->bad[search->depth - 1] = true;
-	search->end[search->depth] = from + (to - from) / 2;
-	search->bad[search->depth++] = false;
-	return false;
+	search->bad_until = to;
+	search->size = (to - from) / 2;
+	if (search->size > 0)
+		return false;
+	search->next = to;
+	search->size = 1;
+	return true;
 }
 
 /*
@@ -909,6 +888,8 @@ fold_range(void)
 	Search	   *search = &Cycle.search;
 	Position	from = first_delta(search->next);
 	Position	to = Cycle.end;
+	double		blocks;
+	double		shares;
 
 	/* These are in the order of the table. */
 	for (int i = 0; i < Stuck.naside; i++)
@@ -921,18 +902,14 @@ fold_range(void)
 	if (from >= Cycle.end)
 		return false;
 
-	if (search->depth > 0)
-		to = Min(to, search->end[search->depth - 1]);
-	else
-	{
-		/* as few as it takes, all of one size */
-		double		blocks = (double) (to - from) / ROWS_PER_BLOCK;
-		double		shares = Max(rint(blocks / range_blocks),
-								 ceil(blocks / range_blocks / SHARE_STRETCH));
-
-		if (shares > 1)
-			to = BLOCK_START(from / ROWS_PER_BLOCK + 1 + (uint64) (blocks / shares));
-	}
+	/* As few shares as it takes, all of one size. */
+	blocks = (double) (to - from) / ROWS_PER_BLOCK;
+	shares = Max(rint(blocks / range_blocks),
+				 ceil(blocks / range_blocks / SHARE_STRETCH));
+	if (shares > 1)
+		to = BLOCK_START(from / ROWS_PER_BLOCK + 1 + (uint64) (blocks / shares));
+	if (search->size > 0)
+		to = Min(to, from + search->size);
 	if (from < to)
 	{
 		Share.from = from;
@@ -1350,7 +1327,7 @@ fold_suspects(void)
 {
 	Search	   *search = &Cycle.search;
 	int			from = search->next;
-	int			to = search->depth > 0 ? search->end[search->depth - 1] : Stuck.nrows;
+	int			to = Stuck.nrows;
 	int			built_for = ONLY_STUCK | MANY_KEYS;
 	TidList    *tids;
 	TidList    *unfit;
@@ -1358,6 +1335,8 @@ fold_suspects(void)
 
 	if (from >= Stuck.nrows)
 		return false;
+	if (search->size > 0)
+		to = Min(to, from + search->size);
 	Share.from = from;
 	Share.to = to;
 
@@ -1441,7 +1420,7 @@ search_failed_share(const WorkerError *error)
 	}
 	else
 	{
-		Position	to = search->depth > 0 ? search->end[0] : Share.to;
+		Position	to = Share.to;
 		ItemPointerData tid;
 
 		/* If it is the only total that is locked, no half can do better. */
@@ -1455,7 +1434,7 @@ search_failed_share(const WorkerError *error)
 		{
 			set_aside(Share.from, to, error);
 			search->next = to;
-			search->depth = 0;
+			search->size = 0;
 		}
 		else if (search_failed(search, Share.from, Share.to))
 		{
