@@ -351,7 +351,7 @@ static const struct MeasureType
  * that has deltas in many shares has its total written as many times, so they
  * are not to be many.
  */
-#define SHARE_MS			380.0
+#define SHARE_MS			350.0
 #define SHARE_STRETCH		1.25	/* up to so much longer, if that saves one */
 #define FIRST_BLOCKS		256
 #define MIN_BLOCKS			64	/* on a slow machine */

@@ -96,7 +96,7 @@ become_root()
 	[ "${#sudo[@]}" = 0 ] ||
 		exec sudo env "VERSION=${VERSION:-}" "WORKER_SPI_CACHE=$cache" \
 			"WORKER_SPI_SOURCES=${WORKER_SPI_SOURCES:-}" \
-			"PROVE_FLAGS=${PROVE_FLAGS:-}" "QUICK=${QUICK:-}" \
+			"PROVE_FLAGS=${PROVE_FLAGS:-}" \
 			"COPT=${COPT:-}" "$0" "$@"
 }
 
@@ -359,7 +359,7 @@ in_folder()
 		exit "$rc"' "$folder" \
 		env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root \
 		LANG=C.UTF-8 LC_ALL=C.UTF-8 "WORKER_SPI_FOLDER=$folder" \
-		"COPT=${COPT:-}" "PROVE_FLAGS=${PROVE_FLAGS:-}" "QUICK=${QUICK:-}" \
+		"COPT=${COPT:-}" "PROVE_FLAGS=${PROVE_FLAGS:-}" \
 		"http_proxy=${http_proxy:-}" "https_proxy=${https_proxy:-}" \
 		bash -c 'cd /src && exec "$@"' bash "$@" 9>&-
 }

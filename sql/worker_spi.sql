@@ -63,13 +63,16 @@ BEGIN
 END
 $$;
 
--- End a worker.  Without preload there is no worker_spi_stop(), and no restart.
+-- End a worker.  Without preload there is no worker_spi_stop(), and no restart;
+-- a launch has returned when the process was started, so it may yet get its name.
 CREATE PROCEDURE end_worker(index int) LANGUAGE plpgsql AS $$
 BEGIN
     IF current_setting('worker_spi.total_workers', true) IS NOT NULL THEN
         PERFORM worker_spi_stop(index, oid)
         FROM pg_database WHERE datname = current_database();
     ELSE
+        CALL wait_until(format('EXISTS (SELECT FROM pg_stat_activity WHERE application_name = %L)',
+                               'worker_spi dynamic worker ' || index));
         PERFORM pg_terminate_backend(pid, 120000)
         FROM pg_stat_activity
         WHERE datname = current_database()
