@@ -1,8 +1,9 @@
 # Clients count without a pause, each in one transaction in the tables of two
 # workers and in a ledger, while faults of all kinds hit workers, backends, the server,
-# the first table and the settings in random order.  In every snapshot both tables
-# have to agree with the ledger to the last count, and in the end one fold of
-# each has to leave nothing but the total.
+# the tables and the settings in random order.  The second table has a thousand
+# skewed keys, and NULLs among them.  In every snapshot both tables have to agree
+# with the ledger to the last count of each key, and in the end one fold of each has
+# to leave nothing but totals.
 #
 # WORKER_SPI_CHAOS_SECONDS is how long this goes on (each kind of fault comes at
 # least once), WORKER_SPI_CHAOS_SEED repeats the order of an earlier run.
@@ -41,9 +42,14 @@ $node->poll_query_until('postgres',
 	q(SELECT to_regclass('schema1.counted') IS NOT NULL AND to_regclass('schema2.counted') IS NOT NULL)
 ) or die 'the workers make no tables';
 
+new_table($node, 2, <<EOS);
+CREATE TABLE %t (type text NOT NULL DEFAULT 'delta', value bigint NOT NULL, page text, day int);
+CREATE UNIQUE INDEX by_key ON %t (page, day) NULLS NOT DISTINCT WHERE type = 'total'
+EOS
+
 # What is moved aside while the table is dropped counts as well.
 $node->safe_psql('postgres', <<EOS);
-CREATE TABLE ledger (id bigserial, value bigint NOT NULL);
+CREATE TABLE ledger (id bigserial, value bigint NOT NULL, page text, day int);
 CREATE TABLE aside (value bigint NOT NULL);
 CREATE ROLE regress_denied LOGIN;
 CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
@@ -58,10 +64,12 @@ EOS
 my $dir = PostgreSQL::Test::Utils::tempdir();
 append_to_file("$dir/count.sql", <<'EOS');
 \set value random(-1000, 1000)
+\set page random_zipfian(1, 100, 1.2)
+\set day random(1, 10)
 BEGIN;
 INSERT INTO schema1.counted VALUES ('delta', :value);
-INSERT INTO schema2.counted VALUES ('delta', :value);
-INSERT INTO ledger (value) VALUES (:value);
+INSERT INTO schema2.counted VALUES ('delta', :value, nullif('p' || :page, 'p3'), nullif(:day, 3));
+INSERT INTO ledger (value, page, day) VALUES (:value, nullif('p' || :page, 'p3'), nullif(:day, 3));
 END;
 EOS
 my @writers;
@@ -86,22 +94,26 @@ foreach my $n (1 .. 2)
 my $snapshots = 0;
 my @wrong;
 
-# Compare the table with the ledger, in one snapshot; returns how far the
+# The sum of all values, each with a weight of its key, so that none that is booked
+# on another key goes unnoticed.
+my $by_key = "COALESCE(sum(value::numeric * (COALESCE(substr(page, 2)::int, 0) * 11 + COALESCE(day, 0) + 1)), 0)";
+
+# Compare the tables with the ledger, in one snapshot; returns how far the
 # ledger has got.
 sub compare
 {
 	my $row = $node->safe_psql('postgres', <<EOS);
-SELECT t.sum, u.sum, l.sum, (SELECT last_value FROM ledger_id_seq)
+SELECT t.sum, u.by_key, l.sum, l.by_key, (SELECT last_value FROM ledger_id_seq)
 FROM (SELECT COALESCE(sum(value), 0) AS sum
 	  FROM (TABLE aside UNION ALL SELECT value FROM schema1.counted) AS a) AS t,
-	 (SELECT COALESCE(sum(value), 0) AS sum FROM schema2.counted) AS u,
-	 (SELECT COALESCE(sum(value), 0) AS sum FROM ledger) AS l
+	 (SELECT $by_key AS by_key FROM schema2.counted) AS u,
+	 (SELECT COALESCE(sum(value), 0) AS sum, $by_key AS by_key FROM ledger) AS l
 EOS
-	my ($table, $other, $ledger, $last) = split /\|/, $row;
+	my ($table, $other, $ledger, $by_key, $last) = split /\|/, $row;
 
 	$snapshots++;
-	push @wrong, "$table and $other, not $ledger"
-	  if $table ne $ledger || $other ne $ledger;
+	push @wrong, "$table and $other, not $ledger and $by_key"
+	  if $table ne $ledger || $other ne $by_key;
 	return $last;
 }
 
@@ -121,25 +133,27 @@ sub let_write
 
 sub run { return $node->safe_psql('postgres', $_[0]); }
 
-# The process of the worker, as soon as there is one.
+# The process of a worker, the first if not said, as soon as there is one.
 sub worker_pid
 {
+	my $index = $_[0] // 1;
+
 	$node->poll_query_until('postgres', <<EOS) or die 'the worker does not come back';
-SELECT pid IS NOT NULL FROM worker_spi_workers WHERE index = 1
+SELECT pid IS NOT NULL FROM worker_spi_workers WHERE index = $index
 EOS
-	return worker($node, 1, 'pid');
+	return worker($node, $index, 'pid');
 }
 
-# Run what asks the worker for a fold; returns its output, or nothing if the
+# Run what asks a worker for a fold; returns its output, or nothing if the
 # worker is about to go, so that there is none to ask.
 sub run_with_worker
 {
-	my ($sql) = @_;
+	my ($sql, $index) = @_;
 
-	worker_pid();
+	worker_pid($index);
 	my ($ret, $out, $err) = $node->psql('postgres', "\\set VERBOSITY verbose\n$sql",
 		on_error_stop => 1);
-	die $err if $ret != 0 && $err !~ /ERROR:  55000: worker with index 1 is not running/;
+	die $err if $ret != 0 && $err !~ /ERROR:  55000: worker with index \d is not running/;
 	return $ret == 0 ? $out : '';
 }
 
@@ -366,6 +380,31 @@ EOS
 		return 1;
 	},
 	'table rewritten' => sub { run('VACUUM FULL schema1.counted'); return 1; },
+	'table with keys rewritten' => sub { run('VACUUM FULL schema2.counted'); return 1; },
+	'index on keys rebuilt' => sub { run('REINDEX INDEX CONCURRENTLY schema2.by_key'); return 1; },
+	'keys refused' => sub {
+		run(q(ALTER TABLE schema2.counted ADD CONSTRAINT refused
+			CHECK (type <> 'total' OR page NOT LIKE 'p_' AND day <> 7) NOT VALID));
+		let_write();
+		my (undef, undef, $err) = $node->psql('postgres',
+			"\\set VERBOSITY verbose\nSELECT worker_spi_fold(2)");
+		run('ALTER TABLE schema2.counted DROP CONSTRAINT refused');
+		return $err =~ /23514/;
+	},
+	'totals locked' => sub {
+		return run_with_worker(<<EOS, 2) eq 'waits';
+DO \$\$
+BEGIN
+	PERFORM FROM schema2.counted WHERE type = 'total' AND (page = 'p1' OR day IS NULL) FOR UPDATE;
+	PERFORM worker_spi_fold(2, wait => false);
+	LOOP
+		EXIT WHEN EXISTS (SELECT FROM pg_locks
+			WHERE locktype = 'transactionid' AND NOT granted);
+	END LOOP;
+END \$\$;
+SELECT 'waits'
+EOS
+	},
 	'table altered' => sub {
 		run('ALTER TABLE schema1.counted ALTER value TYPE bigint USING value + 0');
 		return 1;
@@ -440,11 +479,20 @@ diag("compared $snapshots snapshots, " . compare() . ' transactions');
 is("@wrong", '', 'the table agreed with the ledger in each snapshot');
 is( run(<<EOS),
 SELECT count(*), min(type), sum(value) = (SELECT sum(value) FROM ledger)
-FROM schema$_.counted
+FROM schema1.counted
 EOS
 	'1|total|t',
-	"in the end nothing is left of table $_ but the total, and it is that of the ledger"
-) foreach 1, 2;
+	'in the end nothing is left of the first table but the total, and it is that of the ledger');
+is( run(<<EOS),
+SELECT count(*) FROM (
+	SELECT 'total', page, day, sum(value) FROM ledger GROUP BY page, day
+	EXCEPT ALL SELECT type, page, day, value FROM schema2.counted) AS missing
+UNION ALL SELECT count(*) FROM (
+	SELECT type, page, day, value FROM schema2.counted
+	EXCEPT ALL SELECT 'total', page, day, sum(value) FROM ledger GROUP BY page, day) AS wrong
+EOS
+	"0\n0",
+	'nor of the second but a total for each key, and they are those of the ledger');
 ok( !$node->log_contains(qr/TRAP:|PANIC:|terminated by signal (?!9)/),
 	'no process has crashed but those that were killed');
 
