@@ -7,6 +7,7 @@
 use strict;
 use warnings FATAL => 'all';
 
+use List::Util qw(max);
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
@@ -54,6 +55,10 @@ EOC
 	$node->safe_psql('postgres', 'VACUUM schema1.counted') if $vacuum;
 	my $large = $node->safe_psql('postgres', "SELECT pg_relation_size('schema1.counted')");
 
+	# What has to hold the totals is measured by their index, which grows with
+	# each transaction that a slow machine takes for the backlog.
+	my $front = 4 * $node->safe_psql('postgres', "SELECT pg_relation_size('schema1.counted_page_idx')");
+
 	fold_ends('the next cycle comes to its end');
 	is(total($node, 1), $deltas, 'the count is right');
 	is( $node->safe_psql(
@@ -67,7 +72,7 @@ EOC
 	note("$size of $large bytes are left");
 
 	# Where there is room for a few rows on a page only, they stay.
-	cmp_ok($size, '<=', $fillfactor > 10 ? 16 << 20 : $large, 'the table is small');
+	cmp_ok($size, '<=', $fillfactor > 10 ? max(16 << 20, $front) : $large, 'the table is small');
 
 	$node->safe_psql('postgres', 'SELECT worker_spi_fold(1)') foreach 1 .. 2;
 	my $wal = $node->safe_psql('postgres', 'SELECT pg_current_wal_insert_lsn()');
