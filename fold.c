@@ -488,13 +488,10 @@ typedef enum CyclePhase
 typedef struct FoldCycle
 {
 	bool		running;
-	bool		retry;			/* is all that is stuck judged anew? */
 	CyclePhase	phase;
 	Position	end;			/* of the table when the cycle began */
 	Search		search;			/* over the table, then over the stuck set */
 	int			first_suspect;	/* in the stuck set: from here on to be judged */
-	bool		rest_tried;		/* without keys: tried what is left as a
-								 * whole? */
 	TransactionId first_xid;	/* of the cycle */
 	int64		rows;			/* deltas folded */
 	int64		totals;			/* total rows they went to */
@@ -528,7 +525,7 @@ typedef struct SavedIdentity
 
 static char my_schema[NAMEDATALEN];
 static char my_table[2 * NAMEDATALEN];	/* for SQL, messages, notifications */
-static FoldTable Table;
+static FoldTable Counted;
 static StuckSet Stuck;
 static FoldCycle Cycle;
 static FoldCycle LastCycle;		/* Cycle as it was before this share */
@@ -587,9 +584,9 @@ fold_init(int index)
 {
 	snprintf(my_schema, sizeof(my_schema), "schema%d", index);
 	snprintf(my_table, sizeof(my_table), "%s.counted", my_schema);
-	Table.context = AllocSetContextCreate(TopMemoryContext,
-										  "worker_spi statements",
-										  ALLOCSET_DEFAULT_SIZES);
+	Counted.context = AllocSetContextCreate(TopMemoryContext,
+											"worker_spi statements",
+											ALLOCSET_DEFAULT_SIZES);
 	Stuck.context = AllocSetContextCreate(TopMemoryContext,
 										  "worker_spi stuck rows",
 										  ALLOCSET_DEFAULT_SIZES);
@@ -652,7 +649,7 @@ fold_some(JobProgress *progress)
 	{
 		if (worker_spi_notify && !notify_failed)
 		{
-			Async_Notify("worker_spi", Table.has_keys ? my_table :
+			Async_Notify("worker_spi", Counted.has_keys ? my_table :
 						 psprintf("%s " INT64_FORMAT, my_table, Cycle.total));
 			Share.notifies = true;
 		}
@@ -716,7 +713,7 @@ fold_ended(const WorkerError *error)
 	/* Even if it failed, what it had committed until then is folded. */
 	if (worker_spi_log_folds && Cycle.running && Cycle.rows > 0)
 	{
-		if (Table.has_keys)
+		if (Counted.has_keys)
 			ereport(LOG,
 					(errmsg("%s: folded " INT64_FORMAT " rows into " INT64_FORMAT " totals of %s",
 							MyBgworkerEntry->bgw_name, Cycle.rows,
@@ -1043,7 +1040,7 @@ overflow_error(void)
 
 	error.sqlstate = ERRCODE_NUMERIC_VALUE_OUT_OF_RANGE;
 	strlcpy(error.message,
-			Table.columns[0].type->oid == INT4OID ?
+			Counted.columns[0].type->oid == INT4OID ?
 			"integer out of range" : "bigint out of range",
 			sizeof(error.message));
 	return &error;
@@ -1133,12 +1130,12 @@ has_many_keys(Position from, Position to)
 {
 	Relation	index;
 
-	if (!Table.has_keys)
+	if (!Counted.has_keys)
 		return false;
 
 	/* Somebody may be dropping it concurrently. */
 	row_limit = 0;
-	index = try_relation_open(Table.total_index, AccessShareLock);
+	index = try_relation_open(Counted.total_index, AccessShareLock);
 	if (index)
 	{
 		double		totals;
@@ -1167,7 +1164,7 @@ fold_rows(Position from, Position to)
 		built_for |= MANY_KEYS;
 	add_deltas(built_for, from, to, tids, &sums);
 
-	if (sums.unfit->n > 0 && !Table.has_keys)
+	if (sums.unfit->n > 0 && !Counted.has_keys)
 	{
 		/* As far as it fits, or else all that is left, if that fits. */
 		to = longest_fit(from, to, tids);
@@ -1231,40 +1228,23 @@ wants_tidying(void)
 
 	untidy = wanted || Cycle.rows >= TIDY_ROWS;
 	return wanted &&
-		Table.replication_role == SESSION_REPLICATION_ROLE_REPLICA;
+		Counted.replication_role == SESSION_REPLICATION_ROLE_REPLICA;
 }
 
 /*
- * Write totals anew that stand far behind, so that they come to the front.
- * Returns true if there may be more of them.
+ * How much room is in front, beside what the fill factor reserves?
  *
- * The deltas that stood in front are gone, but until a vacuum has been there,
- * nobody knows of the room: say so in its stead.  Room that is known of behind
- * is hidden, or they would end up there again, and be moved for ever.
+ * The deltas that stood there are gone, but until a vacuum has been there,
+ * nobody knows of the room: say so in its stead.  Reading a block prunes it, if
+ * nobody can see those rows.  The server has to find out anew who can, and it
+ * prunes only what seems to be full, as no block does that inserts have filled
+ * up to the fill factor.  That is a hint, so it need not last.
  */
-static bool
-move_totals(Relation rel)
+static Size
+make_room_known(Relation rel, BlockNumber nblocks, Size reserve)
 {
-	BlockNumber nblocks = front_blocks();
-	BlockNumber end = RelationGetNumberOfBlocks(rel);
-	Size		reserve = RelationGetTargetPageFreeSpace(rel,
-														 HEAP_DEFAULT_FILLFACTOR);
 	Size		space = 0;
-	uint64		in_front = 0;
 
-	/* A vacuum may have truncated it since the cycle began. */
-	if (end <= nblocks)
-	{
-		untidy = false;
-		return false;
-	}
-
-	/*
-	 * Reading a block prunes it, if nobody can see those rows.  The server
-	 * has to find out anew who can, and it prunes only what seems to be full,
-	 * as no block does that inserts have filled up to the fill factor.  That
-	 * is a hint, so it need not last.
-	 */
 	(void) GetOldestNonRemovableTransactionId(rel);
 	for (BlockNumber block = 0; block < nblocks; block++)
 	{
@@ -1287,16 +1267,50 @@ move_totals(Relation rel)
 		RecordPageWithFreeSpace(rel, block, room);
 		space += Max(room, reserve) - reserve;
 	}
-	if (space < nblocks * (BLCKSZ - reserve) / 2)
-		return false;			/* not enough of it */
+	return space;
+}
 
-	for (BlockNumber block = nblocks; block < end; block++)
+/*
+ * Hide the room behind until the next vacuum, or totals would end up there
+ * again, and be moved for ever.
+ */
+static void
+hide_room(Relation rel, BlockNumber from)
+{
+	BlockNumber end = RelationGetNumberOfBlocks(rel);
+
+	for (BlockNumber block = from; block < end; block++)
 	{
 		CHECK_FOR_INTERRUPTS();
 		RecordPageWithFreeSpace(rel, block, 0);
 	}
 	FreeSpaceMapVacuum(rel);
 	RelationSetTargetBlock(rel, InvalidBlockNumber);	/* where we last wrote */
+}
+
+/*
+ * Write totals anew that stand far behind, so that they come to the front.
+ * Returns true if there may be more of them.
+ */
+static bool
+move_totals(Relation rel)
+{
+	BlockNumber nblocks = front_blocks();
+	Size		reserve = RelationGetTargetPageFreeSpace(rel,
+														 HEAP_DEFAULT_FILLFACTOR);
+	uint64		in_front = 0;
+
+	/* A vacuum may have truncated it since the cycle began. */
+	if (RelationGetNumberOfBlocks(rel) <= nblocks)
+	{
+		untidy = false;
+		return false;
+	}
+
+	/* Somebody's snapshot may keep the room from being used again. */
+	if (make_room_known(rel, nblocks, reserve) < nblocks * (BLCKSZ - reserve) / 2)
+		return false;
+	hide_room(rel, nblocks);
 
 	row_limit = TIDY_LIMIT;
 	run_statement(FOLD_MOVE, MANY_KEYS, BLOCK_START(nblocks), 0, NULL,
@@ -1345,7 +1359,7 @@ fold_suspects(void)
 
 	/* Without keys, they are one sum. */
 	unfit = sums.unfit;
-	if (unfit->n > 0 && !Table.has_keys)
+	if (unfit->n > 0 && !Counted.has_keys)
 		unfit = tids;
 
 	if (sums.rows > 0)
@@ -1424,7 +1438,7 @@ search_failed_share(const WorkerError *error)
 		ItemPointerData tid;
 
 		/* If it is the only total that is locked, no half can do better. */
-		if (!Table.has_keys && Share.statement == FOLD_ADD &&
+		if (!Counted.has_keys && Share.statement == FOLD_ADD &&
 			error->sqlstate == ERRCODE_LOCK_NOT_AVAILABLE)
 		{
 			give_up = true;
@@ -1489,7 +1503,7 @@ report_stuck(void)
 		if (!row->gone && !row->logged)
 			unlogged->tids[unlogged->n++] = row->tid;
 	}
-	if (unlogged->n == 0 || nameless || !Table.has_keys)
+	if (unlogged->n == 0 || nameless || !Counted.has_keys)
 		return;
 	run_statement(FOLD_NAMES, 0, 0, 0, unlogged, SPI_OK_SELECT);
 	for (uint64 n = 0; n < SPI_processed; n++)
@@ -1672,9 +1686,9 @@ expand_name(StringInfo sql, const char *name, int built_for)
 				continue;
 			if (fragment->columns == 0)
 				expand(sql, fragment->text, NULL, built_for);
-			for (int j = 0; fragment->columns != 0 && j < Table.ncolumns; j++)
+			for (int j = 0; fragment->columns != 0 && j < Counted.ncolumns; j++)
 			{
-				const Column *column = &Table.columns[j];
+				const Column *column = &Counted.columns[j];
 
 				if ((column->flags & fragment->columns) != fragment->columns)
 					continue;
@@ -1727,7 +1741,7 @@ check_statement_table(ParseState *pstate, ColumnRef *cref)
 	{
 		RangeTblEntry *rte = lfirst_node(RangeTblEntry, lc);
 
-		if (rte->rtekind == RTE_RELATION && rte->relid != Table.relid)
+		if (rte->rtekind == RTE_RELATION && rte->relid != Counted.relid)
 			ereport(ERROR,
 					(errcode(ERRCODE_OBJECT_IN_USE),
 					 errmsg("table \"%s\" was replaced while it was being folded",
@@ -1751,7 +1765,7 @@ get_plan(FoldStatement which, int built_for)
 {
 	int			n = PLAN_NUMBER(which, built_for);
 
-	if (Table.plans[n] == NULL)
+	if (Counted.plans[n] == NULL)
 	{
 		/* Planning anew for each range would cost more than it can gain. */
 		SPIPrepareOptions options = {
@@ -1762,18 +1776,18 @@ get_plan(FoldStatement which, int built_for)
 		SPIPlanPtr	plan;
 
 		initStringInfo(&sql);
-		expand(&sql, statements[which], NULL, built_for | Table.bits |
+		expand(&sql, statements[which], NULL, built_for | Counted.bits |
 			   ((built_for & MANY_KEYS) ? 0 : FEW_KEYS) |
 			   ((built_for & (BUT_STUCK | ONLY_STUCK)) ? 0 : ALL_ROWS));
-		Table.sql[n] = MemoryContextStrdup(Table.context, sql.data);
+		Counted.sql[n] = MemoryContextStrdup(Counted.context, sql.data);
 		plan = SPI_prepare_extended(sql.data, &options);
 		if (plan == NULL)
 			elog(ERROR, "SPI_prepare_extended failed: %s",
 				 SPI_result_code_string(SPI_result));
 		SPI_keepplan(plan);
-		Table.plans[n] = plan;
+		Counted.plans[n] = plan;
 	}
-	return Table.plans[n];
+	return Counted.plans[n];
 }
 
 /*
@@ -1834,7 +1848,7 @@ run_statement(FoldStatement which, int built_for, Position from, Position to,
 	params->params[4].value = Int64GetDatum(row_limit);
 
 	pgstat_report_activity(STATE_RUNNING,
-						   Table.sql[PLAN_NUMBER(which, built_for)]);
+						   Counted.sql[PLAN_NUMBER(which, built_for)]);
 	rc = SPI_execute_plan_extended(plan, &options);
 	if (rc != expected)
 		elog(ERROR, "SPI_execute_plan_extended failed: %s",
@@ -1878,8 +1892,8 @@ run_command(const char *sql)
 static void
 invalidate_table(Datum arg, Oid relid)
 {
-	if (relid == Table.relid || !OidIsValid(relid))
-		Table.valid = false;
+	if (relid == Counted.relid || !OidIsValid(relid))
+		Counted.valid = false;
 }
 
 /*
@@ -2156,7 +2170,7 @@ find_total_index(Relation rel, Form_pg_attribute type, AttrNumber value,
 						 errhint("Drop one of them.")));
 			found = pstrdup(RelationGetRelationName(index));
 			*keys = these;
-			Table.total_index = RelationGetRelid(index);
+			Counted.total_index = RelationGetRelid(index);
 		}
 		index_close(index, AccessShareLock);
 	}
@@ -2167,12 +2181,12 @@ find_total_index(Relation rel, Form_pg_attribute type, AttrNumber value,
 static void
 add_column(Form_pg_attribute att, int flags, const struct MeasureKind *kind)
 {
-	Column	   *column = &Table.columns[Table.ncolumns++];
+	Column	   *column = &Counted.columns[Counted.ncolumns++];
 
 	MemSet(column, 0, sizeof(Column));
 	column->flags = flags;
-	column->number = Table.ncolumns;
-	column->name = MemoryContextStrdup(Table.context,
+	column->number = Counted.ncolumns;
+	column->name = MemoryContextStrdup(Counted.context,
 									   quote_identifier(NameStr(att->attname)));
 	column->attnum = att->attnum;
 	if (flags & MEASURE)
@@ -2192,7 +2206,7 @@ add_column(Form_pg_attribute att, int flags, const struct MeasureKind *kind)
 			elog(ERROR, "cache lookup failed for operator %u", cache->eq_opr);
 		nsp = ((Form_pg_operator) GETSTRUCT(tuple))->oprnamespace;
 		column->equals =
-			MemoryContextStrdup(Table.context,
+			MemoryContextStrdup(Counted.context,
 								psprintf("OPERATOR(%s.%s)",
 										 quote_identifier(get_namespace_name(nsp)),
 										 NameStr(((Form_pg_operator) GETSTRUCT(tuple))->oprname)));
@@ -2200,7 +2214,7 @@ add_column(Form_pg_attribute att, int flags, const struct MeasureKind *kind)
 		if (!att->attnotnull)
 		{
 			column->flags |= NULLABLE;
-			Table.bits |= NULL_KEYS;
+			Counted.bits |= NULL_KEYS;
 		}
 	}
 }
@@ -2250,8 +2264,8 @@ describe_columns(Relation rel)
 				 errdetail("It must have type bigint or integer.")));
 
 	has_index = find_total_index(rel, type, value->attnum, &keys);
-	Table.has_keys = (keys != NULL);
-	Table.bits = keys ? WITH_KEYS : WITHOUT_KEYS;
+	Counted.has_keys = (keys != NULL);
+	Counted.bits = keys ? WITH_KEYS : WITHOUT_KEYS;
 	add_column(value, MEASURE | VALUE, &measure_kinds[0]);
 	for (int i = 0; i < desc->natts; i++)
 	{
@@ -2287,7 +2301,7 @@ describe_columns(Relation rel)
 						my_table),
 				 errdetail("A measure is NOT NULL and of type bigint or integer with DEFAULT 0, or of type date or timestamp with DEFAULT '-infinity' or 'infinity'."),
 				 errhint("Drop index %s and make one that has the column, or make the column a measure.",
-						 quote_qualified_identifier(my_schema, get_rel_name(Table.total_index)))));
+						 quote_qualified_identifier(my_schema, get_rel_name(Counted.total_index)))));
 
 	return has_index ? NULL : create_index_command(rel, NULL);
 }
@@ -2332,10 +2346,10 @@ fold_fires(const Trigger *trigger, int role)
 		return true;
 	for (int i = 0; i < trigger->tgnattr; i++)
 	{
-		for (int j = 0; j < Table.ncolumns; j++)
+		for (int j = 0; j < Counted.ncolumns; j++)
 		{
-			if ((Table.columns[j].flags & MEASURE) &&
-				Table.columns[j].attnum == trigger->tgattr[i])
+			if ((Counted.columns[j].flags & MEASURE) &&
+				Counted.columns[j].attnum == trigger->tgattr[i])
 				return true;
 		}
 	}
@@ -2423,22 +2437,22 @@ look_at_table(Relation rel)
 	SavedIdentity saved;
 	char	   *command;
 
-	Table.ready = false;
-	Table.valid = true;
-	Table.relid = RelationGetRelid(rel);
+	Counted.ready = false;
+	Counted.valid = true;
+	Counted.relid = RelationGetRelid(rel);
 	check_kind(rel);
 
-	for (int i = 0; i < lengthof(Table.plans); i++)
+	for (int i = 0; i < lengthof(Counted.plans); i++)
 	{
-		if (Table.plans[i])
-			SPI_freeplan(Table.plans[i]);
-		Table.plans[i] = NULL;
-		Table.sql[i] = NULL;
+		if (Counted.plans[i])
+			SPI_freeplan(Counted.plans[i]);
+		Counted.plans[i] = NULL;
+		Counted.sql[i] = NULL;
 	}
-	MemoryContextReset(Table.context);
-	Table.columns = MemoryContextAlloc(Table.context, sizeof(Column) *
-									   RelationGetDescr(rel)->natts);
-	Table.ncolumns = 0;
+	MemoryContextReset(Counted.context);
+	Counted.columns = MemoryContextAlloc(Counted.context, sizeof(Column) *
+										 RelationGetDescr(rel)->natts);
+	Counted.ncolumns = 0;
 
 	SwitchToUntrustedUser(rel->rd_rel->relowner, &saved);
 	PushActiveSnapshot(GetTransactionSnapshot());
@@ -2446,7 +2460,7 @@ look_at_table(Relation rel)
 	PopActiveSnapshot();
 	RestoreUserContext(&saved);
 
-	Table.replication_role = choose_replication_role(rel);
+	Counted.replication_role = choose_replication_role(rel);
 	if (command)
 	{
 		Oid			owner = rel->rd_rel->relowner;
@@ -2460,7 +2474,7 @@ look_at_table(Relation rel)
 	}
 	else
 	{
-		Table.ready = true;
+		Counted.ready = true;
 		relation_close(rel, NoLock);
 	}
 }
@@ -2502,16 +2516,16 @@ open_table(SavedIdentity *saved)
 		return NULL;
 	}
 	rel = relation_open(relid, NoLock);
-	if (!Table.valid || !Table.ready || Table.relid != relid)
+	if (!Counted.valid || !Counted.ready || Counted.relid != relid)
 	{
 		look_at_table(rel);
 		return NULL;
 	}
 
 	/* Not within the owner's settings, since it is to last. */
-	if (SessionReplicationRole != Table.replication_role)
+	if (SessionReplicationRole != Counted.replication_role)
 		SetConfigOption("session_replication_role",
-						Table.replication_role == SESSION_REPLICATION_ROLE_REPLICA ?
+						Counted.replication_role == SESSION_REPLICATION_ROLE_REPLICA ?
 						"replica" : "origin", PGC_SUSET, PGC_S_OVERRIDE);
 
 	SwitchToUntrustedUser(rel->rd_rel->relowner, saved);
