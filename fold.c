@@ -772,6 +772,7 @@ begin_cycle(Relation rel, bool retry)
 		Stuck.error.sqlstate = 0;
 		Stuck.file = rel->rd_rel->relfilenode;
 		Cycle.left = 0;
+		rows_per_block = 0;		/* it may have other rows now */
 	}
 	if (!Cycle.running)
 	{
@@ -1217,8 +1218,8 @@ front_blocks(void)
  * through it all.  Small cycles need not care.  Where there are triggers, they
  * would take what we do for more than it is.
  *
- * It is left to the next cycle: nobody has to wait for it, and whoever waits
- * for this one has a snapshot that keeps the room of the deltas from being used
+ * It is left to the next cycle.  Whoever waits for this one is not to wait for
+ * that too, and has a snapshot that keeps the room of the deltas from being used
  * again.  As long as somebody else's does, it is left to a later one.
  */
 static bool
