@@ -772,7 +772,6 @@ begin_cycle(Relation rel, bool retry)
 		Stuck.error.sqlstate = 0;
 		Stuck.file = rel->rd_rel->relfilenode;
 		Cycle.left = 0;
-		rows_per_block = 0;		/* it may have other rows now */
 	}
 	if (!Cycle.running)
 	{
@@ -2437,6 +2436,7 @@ look_at_table(Relation rel)
 {
 	SavedIdentity saved;
 	char	   *command;
+	int			ncolumns = Counted.ncolumns;
 
 	Counted.ready = false;
 	Counted.valid = true;
@@ -2460,6 +2460,8 @@ look_at_table(Relation rel)
 	command = describe_columns(rel);
 	PopActiveSnapshot();
 	RestoreUserContext(&saved);
+	if (Counted.ncolumns != ncolumns)
+		rows_per_block = 0;		/* it has other rows now */
 
 	Counted.replication_role = choose_replication_role(rel);
 	if (command)
