@@ -112,18 +112,28 @@ typedef enum FoldStatement
 #define NAME_LENGTH		60		/* of a key in the log */
 
 /*
- * Which deltas of a range are of the keys that are stuck, or are not.  GROUP BY
- * tells keys apart, here as everywhere, since it alone takes NULLs for equal.
+ * The ctids of deltas whose keys are among some that are marked, or are not.
+ * GROUP BY tells keys apart, here as everywhere, since it alone takes NULLs for
+ * equal.
  */
+#define BY_KEYS(ctids, deltas, marked_keys, condition) \
+	"SELECT " ctids " FROM (" \
+	"SELECT {keys as}t.ctid AS tid, false AS marked" \
+	" FROM ONLY {table} AS t WHERE {is delta} AND " deltas \
+	" UNION ALL" \
+	" SELECT " marked_keys \
+	") AS either GROUP BY ({k}) HAVING " condition
+
 #define OF_KEYS(condition) \
 	"t.ctid {=} ANY (ARRAY(" \
-	"SELECT pg_catalog.unnest(pg_catalog.array_agg(tid)) FROM (" \
-	"SELECT {keys as}t.ctid AS tid, false AS stuck" \
-	" FROM ONLY {table} AS t WHERE {is delta} AND {in range}" \
-	" UNION ALL" \
-	" SELECT {keys as}NULL, true" \
-	" FROM ONLY {table} AS t WHERE {is delta} AND t.ctid {=} ANY ($3)" \
-	") AS either GROUP BY ({k}) HAVING " condition "))"
+	BY_KEYS("pg_catalog.unnest(pg_catalog.array_agg(tid))", "{in range}", \
+			"{keys as}NULL, true FROM ONLY {table} AS t" \
+			" WHERE {is delta} AND t.ctid {=} ANY ($3)", condition) "))"
+
+/* Deltas that stand for the keys whose sums do not fit. */
+#define OF_UNFIT(ctids, deltas) \
+	BY_KEYS(ctids, deltas, "{k, }NULL, true FROM merged WHERE NOT fits", \
+			"pg_catalog.bool_or(marked)")
 
 static const char *const statements[NUM_FOLD_STATEMENTS] = {
 	/* Find the first delta from $1 on. */
@@ -145,11 +155,11 @@ static const char *const statements[NUM_FOLD_STATEMENTS] = {
 	"WITH merged AS MATERIALIZED ("
 	"SELECT *, {fits} AS fits FROM ("
 	"SELECT {k, }{new totals}pg_catalog.sum(rows) AS rows,"
-	" pg_catalog.min(sample) AS sample, pg_catalog.min(tid) AS tid,"
+	" pg_catalog.min(tid) AS tid,"
 	" COALESCE(pg_catalog.bool_and(fresh), true) AS fresh FROM ("
 	"{deltas}"
 	" UNION ALL"
-	" SELECT {total keys}{total measures}0, NULL, total.ctid,"
+	" SELECT {total keys}{total measures}0, total.ctid,"
 	" pg_catalog.age(total.xmin) {>} pg_catalog.age($4)"
 	" FROM ONLY {table} AS total WHERE {these totals}"
 	") AS parts GROUP BY ({k}) HAVING pg_catalog.sum(rows) {>} 0"
@@ -171,7 +181,7 @@ static const char *const statements[NUM_FOLD_STATEMENTS] = {
 	" {+} (SELECT pg_catalog.count(*) FROM inserted),"
 	" pg_catalog.count(*) FILTER (WHERE fits AND fresh),"
 	" CAST(pg_catalog.max({new value}) FILTER (WHERE fits) AS pg_catalog.int8),"
-	" pg_catalog.array_agg(sample) FILTER (WHERE NOT fits)"
+	" CASE WHEN NOT pg_catalog.bool_and(fits) THEN ARRAY({unfit}) END"
 	" FROM merged",
 
 	/* Delete the same deltas; under the same snapshot they are the same. */
@@ -269,20 +279,24 @@ static const struct Fragment
 
 	/* without keys, what is grouped is their sum */
 	{"deltas", WITH_KEYS, 0,
-		"SELECT {keys as}{values as}1 AS rows, {sample} AS sample, NULL AS tid, NULL AS fresh"
+		"SELECT {keys as}{values as}1 AS rows, NULL AS tid, NULL AS fresh"
 	" FROM ONLY {table} AS t WHERE {these deltas}", ""},
 	{"deltas", WITHOUT_KEYS, 0,
-		"SELECT {sums as}pg_catalog.count(*) AS rows, pg_catalog.min(t.ctid) AS sample, NULL AS tid, NULL AS fresh"
+		"SELECT {sums as}pg_catalog.count(*) AS rows, NULL AS tid, NULL AS fresh"
 	" FROM ONLY {table} AS t WHERE {these deltas}", ""},
-	{"sample", ALL_ROWS, 0, "t.ctid", ""},
-	{"sample", BUT_STUCK, 0, "t.ctid", ""},
-	{"sample", ONLY_STUCK, 0,
-	"CASE WHEN t.ctid {=} ANY (SELECT pg_catalog.unnest($3)) THEN t.ctid END", ""},
+
+	/* what is left out for it: one delta of a key, or all that were */
+	{"unfit", WITHOUT_KEYS, 0, "SELECT $1", ""},
+	{"unfit", WITH_KEYS | ALL_ROWS, 0, OF_UNFIT("pg_catalog.min(tid)", "{these deltas}"), ""},
+	{"unfit", WITH_KEYS | BUT_STUCK, 0, OF_UNFIT("pg_catalog.min(tid)", "{these deltas}"), ""},
+	{"unfit", WITH_KEYS | ONLY_STUCK, 0,
+		OF_UNFIT("pg_catalog.unnest(pg_catalog.array_agg(tid) FILTER (WHERE NOT marked))",
+				 "t.ctid {=} ANY ($3)"), ""},
 
 	/* a row that is stuck stands for its key, or else for itself */
 	{"these deltas", ALL_ROWS, 0, "{is delta} AND {in range}", ""},
-	{"these deltas", BUT_STUCK | WITH_KEYS, 0, OF_KEYS("NOT pg_catalog.bool_or(stuck)"), ""},
-	{"these deltas", ONLY_STUCK | WITH_KEYS, 0, OF_KEYS("pg_catalog.bool_or(stuck)"), ""},
+	{"these deltas", BUT_STUCK | WITH_KEYS, 0, OF_KEYS("NOT pg_catalog.bool_or(marked)"), ""},
+	{"these deltas", ONLY_STUCK | WITH_KEYS, 0, OF_KEYS("pg_catalog.bool_or(marked)"), ""},
 	{"these deltas", BUT_STUCK | WITHOUT_KEYS, 0,
 	"{is delta} AND {in range} AND NOT t.ctid {=} ANY (SELECT pg_catalog.unnest($3))", ""},
 	{"these deltas", ONLY_STUCK | WITHOUT_KEYS, 0, "{is delta} AND t.ctid {=} ANY ($3)", ""},
@@ -472,7 +486,7 @@ typedef struct Sums
 	int64		keys;			/* sums they made */
 	int64		fresh;			/* totals that are new to this cycle */
 	int64		total;			/* the greatest new one */
-	TidList    *unfit;			/* one row for each sum that did not fit */
+	TidList    *unfit;			/* rows for the sums that did not fit */
 } Sums;
 
 typedef enum CyclePhase

@@ -193,6 +193,41 @@ wait_for_fold($node, 1);
 is(fold($node, 1), 't', 'all of them are folded when they fit');
 is(stuck(), '0|f', 'and none is left');
 
+# A row that stands for one key can be deleted, and its place be taken by a delta
+# of another that is stuck as well.
+new_table($node, 1, $keyed);
+$node->safe_psql('postgres', <<EOC);
+INSERT INTO schema1.counted (value, k) SELECT v, k
+FROM unnest(ARRAY['a', 'b', 'c']) AS k, unnest(ARRAY[$max, 1]) AS v;
+EOC
+error_is($node, 'postgres', $fold, '22003', qr/out of range/,
+	'three keys are stuck');
+my $place = $node->safe_psql('postgres',
+	"SELECT min(ctid) FROM schema1.counted WHERE k = 'b'");
+$node->safe_psql('postgres', "DELETE FROM schema1.counted WHERE k = 'b'");
+$node->safe_psql('postgres', 'VACUUM schema1.counted');
+$node->safe_psql('postgres', <<EOC);
+DO \$\$
+BEGIN
+	FOR i IN 1 .. 1000 LOOP
+		INSERT INTO schema1.counted (value, k) VALUES (1, 'a');
+		EXIT WHEN (SELECT k FROM schema1.counted WHERE ctid = '$place') = 'a';
+	END LOOP;
+END \$\$;
+DELETE FROM schema1.counted WHERE k = 'c' AND value = 1;
+EOC
+is( $node->safe_psql('postgres',
+		"SELECT k FROM schema1.counted WHERE ctid = '$place'"),
+	'a', 'the place of one is taken by a delta of another');
+error_is($node, 'postgres', $fold, '22003', qr/out of range/,
+	'that one is still stuck');
+is( $node->safe_psql('postgres',
+		"SELECT type, value FROM schema1.counted WHERE k = 'c'"),
+	"total|$max", 'and keeps no other from being folded');
+$node->safe_psql('postgres',
+	"DELETE FROM schema1.counted WHERE type <> 'total'");
+is(fold($node, 1), 't', 'without it nothing is stuck');
+
 # ------------------------------------------------------------------------
 # Without keys
 # ------------------------------------------------------------------------
