@@ -38,6 +38,7 @@ sub new_node
 	$node->append_conf('postgresql.conf', <<EOC . ($conf // ''));
 shared_preload_libraries = 'worker_spi'
 max_worker_processes = 32
+statement_timeout = 10min
 worker_spi.naptime = 3600
 worker_spi.restart_interval = 1
 EOC
