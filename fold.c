@@ -367,9 +367,10 @@ static const struct MeasureType
  */
 #define SHARE_MS			350.0
 #define SHARE_STRETCH		1.25	/* up to so much longer, if that saves one */
-#define FIRST_BLOCKS		256
-#define MIN_BLOCKS			64	/* on a slow machine */
-#define MAX_BLOCKS			16384	/* a table may become denser at any time */
+#define FIRST_ROWS			20000.0
+#define MIN_ROWS			100.0	/* each may run slow code */
+#define MAX_BLOCKS			16384.0 /* there may be few deltas in many */
+#define SAMPLES				64	/* blocks, to see how many there are */
 
 #define MAX_STUCK			1024	/* keys or rows that are remembered */
 #define MAX_ASIDE			64	/* ranges set aside */
@@ -558,9 +559,7 @@ static int64 row_limit;			/* $5 of the next statement */
 static bool untidy;				/* are totals to be brought to the front? */
 static BlockNumber index_blocks;	/* in the index on totals */
 
-/* How fast it goes. */
-static double range_blocks = FIRST_BLOCKS;
-static double rows_per_block;	/* the most that were seen */
+static double share_rows;		/* deltas for one share, as was learned */
 
 static Relation open_table(SavedIdentity *saved);
 static void begin_cycle(Relation rel, bool retry);
@@ -889,6 +888,52 @@ search_failed(Search *search, Position from, Position to)
 }
 
 /*
+ * Where is a share to end that begins here?  As few shares as it takes are to
+ * lead up to the given end, all with as many deltas.
+ *
+ * One block may be full of deltas and the next of totals, or empty: how they are
+ * spread is known from samples.  Between two of them a share may end early or
+ * late, so there is at most one share's worth of blocks.
+ */
+static Position
+share_end(Position from, Position to)
+{
+	uint64		first = from / ROWS_PER_BLOCK;
+	double		step;			/* blocks from one sample to the next */
+	int64		found[SAMPLES];
+	int64		total = 0;
+	double		rows;
+	double		shares;
+	double		wanted;
+	int			i;
+
+	if (to - from <= share_rows)
+		return to;
+	step = Min(MAX_BLOCKS / SAMPLES, share_rows / ROWS_PER_BLOCK);
+	to = Min(to, BLOCK_START(first + 1 + (uint64) (step * SAMPLES)));
+	step = (double) (to - from) / ROWS_PER_BLOCK / SAMPLES;
+	for (i = 0; i < SAMPLES; i++)
+	{
+		Position	at = BLOCK_START(first + (uint64) (i * step));
+
+		run_statement(FOLD_COUNT, 0, at, at + ROWS_PER_BLOCK, NULL,
+					  SPI_OK_SELECT);
+		found[i] = result_int64(1);
+		total += found[i];
+	}
+	rows = total * step;
+	shares = Max(rint(rows / share_rows),
+				 ceil(rows / share_rows / SHARE_STRETCH));
+	if (shares <= 1)
+		return to;
+
+	wanted = total / shares;
+	for (i = 0; wanted > found[i]; i++)
+		wanted -= found[i];
+	return Min(to, BLOCK_START(first + 1 + (uint64) ((i + wanted / found[i]) * step)));
+}
+
+/*
  * Fold the range that begins with the first delta not yet looked at.  Returns
  * false if there is none.  Blocks that were added to the table since the cycle
  * began are left for the next one, or a cycle might never end.
@@ -899,8 +944,6 @@ fold_range(void)
 	Search	   *search = &Cycle.search;
 	Position	from = first_delta(search->next);
 	Position	to = Cycle.end;
-	double		blocks;
-	double		shares;
 
 	/* These are in the order of the table. */
 	for (int i = 0; i < Stuck.naside; i++)
@@ -913,16 +956,11 @@ fold_range(void)
 	if (from >= Cycle.end)
 		return false;
 
-	/* As few shares as it takes, all of one size. */
-	blocks = (double) (to - from) / ROWS_PER_BLOCK;
-	shares = Max(rint(blocks / range_blocks),
-				 ceil(blocks / range_blocks / SHARE_STRETCH));
-	if (shares > 1)
-		to = BLOCK_START(from / ROWS_PER_BLOCK + 1 + (uint64) (blocks / shares));
 	if (search->size > 0)
 		to = Min(to, from + search->size);
 	if (from < to)
 	{
+		to = share_end(from, to);
 		Share.from = from;
 		Share.to = to;
 		fold_rows(from, to);
@@ -934,18 +972,16 @@ fold_range(void)
 
 /* Learn from a share how much the next one should do. */
 static void
-adapt_range(int64 rows, double ms)
+adapt_share(int64 rows, double ms)
 {
-	double		blocks = 1 + (double) (Share.to - Share.from) / ROWS_PER_BLOCK;
-	double		wanted = blocks * SHARE_MS / Max(ms, 1.0);
+	double		wanted = rows * SHARE_MS / Max(ms, 1.0);
 
-	/* What was fast for want of rows, or cut short, does not show a thing. */
-	rows_per_block = Max(rows_per_block, rows / blocks);
+	/* One that was fast for want of rows does not show a thing. */
 	if (ms > SHARE_MS)
-		range_blocks = Max(wanted, range_blocks / 4);
-	else if (blocks >= range_blocks / 2 && rows / blocks >= rows_per_block / 2)
-		range_blocks = Max(range_blocks, Min(wanted, range_blocks * 4));
-	range_blocks = Max(MIN_BLOCKS, Min(range_blocks, MAX_BLOCKS));
+		share_rows = Max(wanted, share_rows / 3);
+	else if (rows >= share_rows / 2)
+		share_rows = Max(share_rows, Min(wanted, share_rows * 3));
+	share_rows = Max(share_rows, MIN_ROWS);
 }
 
 /* -------------------------------------------------------------------------
@@ -1207,7 +1243,7 @@ fold_rows(Position from, Position to)
 	INSTR_TIME_SET_CURRENT(end);
 	INSTR_TIME_SUBTRACT(end, start);
 	if (built_for == 0 || built_for == MANY_KEYS)
-		adapt_range(sums.rows, INSTR_TIME_GET_MILLISEC(end));
+		adapt_share(sums.rows, INSTR_TIME_GET_MILLISEC(end));
 }
 
 /* -------------------------------------------------------------------------
@@ -2450,8 +2486,9 @@ look_at_table(Relation rel)
 {
 	SavedIdentity saved;
 	char	   *command;
-	int			ncolumns = Counted.ncolumns;
 
+	if (Counted.relid != RelationGetRelid(rel))
+		share_rows = FIRST_ROWS;	/* for another one it may be too much */
 	Counted.ready = false;
 	Counted.valid = true;
 	Counted.relid = RelationGetRelid(rel);
@@ -2474,8 +2511,6 @@ look_at_table(Relation rel)
 	command = describe_columns(rel);
 	PopActiveSnapshot();
 	RestoreUserContext(&saved);
-	if (Counted.ncolumns != ncolumns)
-		rows_per_block = 0;		/* it has other rows now */
 
 	Counted.replication_role = choose_replication_role(rel);
 	if (command)

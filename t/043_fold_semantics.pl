@@ -524,18 +524,11 @@ EOC
 	return;
 }
 
-# Run $sql between the second transaction of a fold and the third.  The worker
-# waits for a lock less than a second, so a rewrite has little to write: two rows
-# fill a block, and of fifty one is left.  The worker's ranges stay what they are
-# at first.
-my $wide = $own_columns;
-$wide =~ s/\)/, filler text GENERATED ALWAYS AS (repeat(type, 700)) STORED)/;
-$wide .= '; ALTER TABLE %t ALTER filler SET STORAGE PLAIN';
-my $deltas = <<'EOC';
-INSERT INTO %t (type, value) SELECT 'delta', n FROM generate_series(1, 3200) AS n;
-DELETE FROM %t WHERE value % 50 <> 0
-EOC
-chomp $deltas;
+# Run $sql between the second transaction of a fold and the third.  Of each new
+# table the worker folds 20,000 rows at first, and then at most three times as many
+# as before.
+my $n = 150_000;
+my $deltas = "INSERT INTO %t (type, value) SELECT 'delta', n FROM generate_series(1, $n) AS n";
 
 sub fold_and_disturb
 {
@@ -543,7 +536,7 @@ sub fold_and_disturb
 	my $file;
 
 	fold_and_meanwhile(
-		$wide, $deltas, $sql,
+		$own_columns, $deltas, $sql,
 		sub {
 			my ($gate) = @_;
 
@@ -559,7 +552,7 @@ sub fold_and_disturb
 }
 
 my $file = fold_and_disturb('VACUUM FULL schema1.counted');
-my $sum = 50 * 64 * 65 / 2;
+my $sum = $n * ($n + 1) / 2;
 is($node->safe_psql('postgres', 'SELECT type, value FROM schema1.counted'),
 	"total|$sum", 'nothing is left to fold');
 is( $node->safe_psql('postgres',
@@ -579,7 +572,7 @@ foreach my $sql (
 
 	# The first two transactions have folded the first r numbers by then.
 	$expected = $node->safe_psql('postgres', <<EOC) if $sql =~ /TYPE/;
-SELECT 50 * r * (r + 1) / 2 % 1000 + (SELECT sum(50 * n % 1000) FROM generate_series(r + 1, 64) AS n)
+SELECT r * (r + 1) / 2 % 1000 + (SELECT sum(n % 1000) FROM generate_series(r + 1, $n) AS n)
 FROM (SELECT sum(rows)::bigint AS r FROM (SELECT rows FROM ranges ORDER BY xid LIMIT 2) AS two) AS first;
 EOC
 	is(rows($node, 1, 'type, value'), "total|$expected", "and nothing is left to fold: $sql");
@@ -592,9 +585,6 @@ is(rows($node, 1), '', 'a table that is dropped meanwhile is made again');
 
 is(worker($node, 1, 'pid'), $pid, 'one process of the worker has done all this');
 
-# A new process begins with short ranges.
-$node->safe_psql('postgres', "SELECT pg_terminate_backend($pid)");
-$pid = wait_for_restart($node, 1, $pid);
 my $before = worker($node, 1, 'folded_rows');
 fold_and_meanwhile(
 	$own_columns,
@@ -616,10 +606,34 @@ EOC
 	'they were folded in several transactions, none of them large');
 is(worker($node, 1, 'folded_rows'), $before + 400_000, 'and each is counted once');
 
+# Few deltas in many blocks are folded at once, but say nothing of blocks that are
+# full of them.
+new_table($node, 1, "CREATE TABLE %t $own_columns; TRUNCATE ranges");
+foreach (1 .. 3)
+{
+	$node->safe_psql('postgres', <<'EOC');
+INSERT INTO schema1.counted SELECT 'delta', n FROM generate_series(1, 300000) AS n;
+DELETE FROM schema1.counted WHERE type = 'delta' AND value % 300 <> 0;
+EOC
+	folds('a table that is all but empty is folded');
+}
+$node->safe_psql('postgres', <<'EOC');
+CREATE TRIGGER note_range AFTER DELETE ON schema1.counted REFERENCING OLD TABLE AS gone
+	FOR EACH STATEMENT EXECUTE FUNCTION note_range();
+ALTER TABLE schema1.counted ENABLE ALWAYS TRIGGER note_range;
+INSERT INTO schema1.counted SELECT 'delta', 1 FROM generate_series(1, 600000) AS n;
+EOC
+folds('then a backlog comes');
+is( $node->safe_psql('postgres',
+		'SELECT rows < 100000 FROM ranges ORDER BY xid LIMIT 1'),
+	't',
+	'and its first transaction is not large');
+is(rows($node, 1), 'total|451050000', 'nothing is lost');
+
 $node->safe_psql('postgres',
 	"INSERT INTO schema1.counted VALUES ('delta', 1)");
 folds('after all that, the worker folds');
-is(rows($node, 1), 'total|80000200001', 'as it should');
+is(rows($node, 1), 'total|451050001', 'as it should');
 is(worker($node, 1, 'pid'), $pid, 'in one process');
 
 # ------------------------------------------------------------------------
@@ -655,7 +669,7 @@ is( $node->safe_psql(
 	),
 	't',
 	'the longest naptime is as long as it says');
-is(rows($node, 1), "delta|1\ntotal|80000200001", 'and not at once over');
+is(rows($node, 1), "delta|1\ntotal|451050001", 'and not at once over');
 
 $node->stop;
 done_testing();
