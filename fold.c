@@ -505,6 +505,7 @@ typedef struct FoldCycle
 	bool		running;
 	CyclePhase	phase;
 	Position	end;			/* of the table when the cycle began */
+	Position	first;			/* no delta stood before it then */
 	Search		search;			/* over the table, then over the stuck set */
 	int			first_suspect;	/* in the stuck set: from here on to be judged */
 	TransactionId first_xid;	/* of the cycle */
@@ -800,6 +801,7 @@ begin_cycle(Relation rel, bool retry)
 		Stuck.error.sqlstate = 0;
 	}
 	Cycle.phase = PHASE_RANGES;
+	Cycle.first = 0;
 	Cycle.end = BLOCK_START(RelationGetNumberOfBlocks(rel));
 	MemSet(&Cycle.search, 0, sizeof(Search));
 	Cycle.first_suspect = retry ? 0 : Stuck.nrows;
@@ -944,6 +946,9 @@ fold_range(void)
 	Search	   *search = &Cycle.search;
 	Position	from = first_delta(search->next);
 	Position	to = Cycle.end;
+
+	if (search->next == 0)
+		Cycle.first = from;
 
 	/* These are in the order of the table. */
 	for (int i = 0; i < Stuck.naside; i++)
@@ -1527,8 +1532,10 @@ report_stuck(void)
 	}
 	if (Stuck.naside == 0)
 	{
-		run_statement(FOLD_COUNT, ONLY_STUCK | MANY_KEYS, 0, TABLE_END,
-					  list_stuck(0, Stuck.nrows), SPI_OK_SELECT);
+		/* There are no deltas in front, but there may be many totals. */
+		run_statement(FOLD_COUNT, ONLY_STUCK | MANY_KEYS, Cycle.first,
+					  TABLE_END, list_stuck(0, Stuck.nrows),
+					  SPI_OK_SELECT);
 		Cycle.left = result_int64(1);
 	}
 	else
