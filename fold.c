@@ -1247,8 +1247,7 @@ fold_rows(Position from, Position to)
 
 	INSTR_TIME_SET_CURRENT(end);
 	INSTR_TIME_SUBTRACT(end, start);
-	if (built_for == 0 || built_for == MANY_KEYS)
-		adapt_share(sums.rows, INSTR_TIME_GET_MILLISEC(end));
+	adapt_share(sums.rows, INSTR_TIME_GET_MILLISEC(end));
 }
 
 /* -------------------------------------------------------------------------
