@@ -895,7 +895,8 @@ search_failed(Search *search, Position from, Position to)
  *
  * One block may be full of deltas and the next of totals, or empty: how they are
  * spread is known from samples.  Between two of them a share may end early or
- * late, so there is at most one share's worth of blocks.
+ * late, so there is at most one share's worth of blocks; but a worker that has
+ * become slow is not to crawl through a table that is all but empty.
  */
 static Position
 share_end(Position from, Position to)
@@ -911,7 +912,7 @@ share_end(Position from, Position to)
 
 	if (to - from <= share_rows)
 		return to;
-	step = Min(MAX_BLOCKS / SAMPLES, share_rows / ROWS_PER_BLOCK);
+	step = Min(MAX_BLOCKS / SAMPLES, Max(4, share_rows / ROWS_PER_BLOCK));
 	to = Min(to, BLOCK_START(first + 1 + (uint64) (step * SAMPLES)));
 	step = (double) (to - from) / ROWS_PER_BLOCK / SAMPLES;
 	for (i = 0; i < SAMPLES; i++)

@@ -630,10 +630,37 @@ is( $node->safe_psql('postgres',
 	'and its first transaction is not large');
 is(rows($node, 1), 'total|451050000', 'nothing is lost');
 
+# Six slow transactions in a row, and then few deltas in many blocks: the worker is
+# not to go on block by block.
+new_table($node, 1, "CREATE TABLE %t $own_columns; TRUNCATE ranges");
+$node->safe_psql('postgres', <<'EOC');
+CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS
+	'BEGIN PERFORM pg_sleep(0.4); RETURN NULL; END';
+CREATE TRIGGER slow AFTER DELETE ON schema1.counted EXECUTE FUNCTION slow();
+ALTER TABLE schema1.counted ENABLE ALWAYS TRIGGER slow;
+EOC
+foreach (1 .. 6)
+{
+	$node->safe_psql('postgres',
+		"INSERT INTO schema1.counted VALUES ('delta', 1)");
+	folds('a slow transaction');
+}
+$node->safe_psql('postgres', <<'EOC');
+DROP TRIGGER slow ON schema1.counted;
+INSERT INTO schema1.counted SELECT 'delta', n FROM generate_series(1, 1000000) AS n;
+DELETE FROM schema1.counted WHERE type = 'delta' AND value % 1000 <> 0;
+CREATE TRIGGER note_range AFTER DELETE ON schema1.counted REFERENCING OLD TABLE AS gone
+	FOR EACH STATEMENT EXECUTE FUNCTION note_range();
+ALTER TABLE schema1.counted ENABLE ALWAYS TRIGGER note_range;
+EOC
+folds('few deltas in many blocks are folded');
+is( $node->safe_psql('postgres', 'SELECT count(*) < 100, sum(rows) FROM ranges'),
+	't|1000', 'in few transactions');
+
 $node->safe_psql('postgres',
 	"INSERT INTO schema1.counted VALUES ('delta', 1)");
 folds('after all that, the worker folds');
-is(rows($node, 1), 'total|451050001', 'as it should');
+is(rows($node, 1), 'total|500500007', 'as it should');
 is(worker($node, 1, 'pid'), $pid, 'in one process');
 
 # ------------------------------------------------------------------------
@@ -669,7 +696,7 @@ is( $node->safe_psql(
 	),
 	't',
 	'the longest naptime is as long as it says');
-is(rows($node, 1), "delta|1\ntotal|451050001", 'and not at once over');
+is(rows($node, 1), "delta|1\ntotal|500500007", 'and not at once over');
 
 $node->stop;
 done_testing();
