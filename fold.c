@@ -2425,12 +2425,14 @@ fold_fires(const Trigger *trigger, int role)
 static int
 choose_replication_role(Relation rel)
 {
-	int			ntriggers = rel->trigdesc ? rel->trigdesc->numtriggers : 0;
+	/* A copy: whenever we read a catalog, the relcache may free its own. */
+	TriggerDesc *triggers = CopyTriggerDesc(rel->trigdesc);
+	int			ntriggers = triggers ? triggers->numtriggers : 0;
 	int			role = SESSION_REPLICATION_ROLE_REPLICA;
 
 	for (int i = 0; i < ntriggers; i++)
 	{
-		Trigger    *trigger = &rel->trigdesc->triggers[i];
+		Trigger    *trigger = &triggers->triggers[i];
 
 		if (trigger->tgenabled == TRIGGER_FIRES_ALWAYS ||
 			(trigger->tgisinternal && trigger->tgenabled != TRIGGER_DISABLED))
@@ -2438,7 +2440,7 @@ choose_replication_role(Relation rel)
 	}
 	for (int i = 0; i < ntriggers; i++)
 	{
-		Trigger    *trigger = &rel->trigdesc->triggers[i];
+		Trigger    *trigger = &triggers->triggers[i];
 		const char *name = quote_identifier(trigger->tgname);
 
 		if (!fold_fires(trigger, role))
@@ -2482,13 +2484,13 @@ check_may_create(Relation rel, const char *command)
 }
 
 /*
- * Look at the table, as its owner where code of the owner's could run, and
- * make its index if that is missing.
+ * Look at the table, as its owner where code of the owner's could run.  Returns
+ * the command that makes its index, if that is missing.
  *
  * It is marked valid first: what invalidates it from now on is seen by the
  * next share, which looks again.
  */
-static void
+static char *
 look_at_table(Relation rel)
 {
 	SavedIdentity saved;
@@ -2520,22 +2522,22 @@ look_at_table(Relation rel)
 	RestoreUserContext(&saved);
 
 	Counted.replication_role = choose_replication_role(rel);
-	if (command)
-	{
-		Oid			owner = rel->rd_rel->relowner;
+	Counted.ready = (command == NULL);
+	return command;
+}
 
-		/* It wants the table closed; the lock stays. */
-		check_may_create(rel, command);
-		relation_close(rel, NoLock);
-		SwitchToUntrustedUser(owner, &saved);
-		run_command(command);
-		RestoreUserContext(&saved);
-	}
-	else
-	{
-		Counted.ready = true;
-		relation_close(rel, NoLock);
-	}
+/* Make the index on totals, as the table's owner, and close the table. */
+static void
+make_index(Relation rel, const char *command)
+{
+	SavedIdentity saved;
+	Oid			owner = rel->rd_rel->relowner;
+
+	check_may_create(rel, command);
+	relation_close(rel, NoLock);	/* the command needs it so; the lock stays */
+	SwitchToUntrustedUser(owner, &saved);
+	run_command(command);
+	RestoreUserContext(&saved);
 }
 
 /*
@@ -2544,9 +2546,8 @@ look_at_table(Relation rel)
  * that changes its owner, kind, columns, triggers or rules, and lets writers
  * in.
  *
- * Returns NULL if something was missing and has been made, or if the table had
- * to be looked at.  The caller is then to commit and call again; otherwise it
- * is to call RestoreUserContext().
+ * Returns NULL if something was missing and has been made.  The caller is then
+ * to commit and call again; otherwise it is to call RestoreUserContext().
  */
 static Relation
 open_table(SavedIdentity *saved)
@@ -2577,8 +2578,13 @@ open_table(SavedIdentity *saved)
 	rel = relation_open(relid, NoLock);
 	if (!Counted.valid || !Counted.ready || Counted.relid != relid)
 	{
-		look_at_table(rel);
-		return NULL;
+		char	   *command = look_at_table(rel);
+
+		if (command)
+		{
+			make_index(rel, command);
+			return NULL;
+		}
 	}
 
 	/* Not within the owner's settings, since it is to last. */
