@@ -867,13 +867,14 @@ Datum
 worker_spi_fold(PG_FUNCTION_ARGS)
 {
 	static uint32 wait_event = 0;
-	int			index = PG_GETARG_INT32(0);
+	int			index;
 	SlotRef		ref;
 	uint64		ticket;
 	SlotAnswer	answer = ANSWER_PENDING;
 	WorkerError error = {0};
 
 	check_nargs(fcinfo, 3);
+	index = PG_GETARG_INT32(0);
 	require_postmaster();
 	if (!find_worker(fcinfo, &ref))
 		PG_RETURN_BOOL(false);
