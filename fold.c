@@ -1021,6 +1021,31 @@ in_list(const ItemPointerData *tid, const TidList *list)
 	return false;
 }
 
+/* The error that the server would raise if a sum did not fit. */
+static const WorkerError *
+overflow_error(void)
+{
+	static WorkerError error;
+
+	error.sqlstate = ERRCODE_NUMERIC_VALUE_OUT_OF_RANGE;
+	strlcpy(error.message,
+			Counted.columns[0].type->oid == INT4OID ?
+			"integer out of range" : "bigint out of range",
+			sizeof(error.message));
+	return &error;
+}
+
+/* More sums do not fit than can be remembered: try half of the range. */
+static void
+raise_overflow(void)
+{
+	const WorkerError *error = overflow_error();
+
+	ereport(ERROR,
+			(errcode(error->sqlstate),
+			 errmsg_internal("%s", error->message)));
+}
+
 /* The rows in the nth column of what the last statement returned. */
 static TidList *
 result_tids(int n)
@@ -1038,11 +1063,8 @@ result_tids(int n)
 					  sizeof(ItemPointerData), false, TYPALIGN_SHORT,
 					  &elements, NULL, &nelements);
 
-	/* Too many to remember: try half of the range. */
 	if (nelements > MAX_STUCK)
-		ereport(ERROR,
-				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
-				 errmsg("too many sums do not fit")));
+		raise_overflow();
 	for (int i = 0; i < nelements; i++)
 		list->tids[list->n++] = *(ItemPointer) DatumGetPointer(elements[i]);
 	return list;
@@ -1086,20 +1108,6 @@ delete_deltas(int built_for, Position from, Position to, const TidList *tids,
 		Cycle.totals += sums->fresh;
 		Cycle.total = sums->total;
 	}
-}
-
-/* The error that the server would raise if a sum did not fit. */
-static const WorkerError *
-overflow_error(void)
-{
-	static WorkerError error;
-
-	error.sqlstate = ERRCODE_NUMERIC_VALUE_OUT_OF_RANGE;
-	strlcpy(error.message,
-			Counted.columns[0].type->oid == INT4OID ?
-			"integer out of range" : "bigint out of range",
-			sizeof(error.message));
-	return &error;
 }
 
 /* Remember the first error of what is stuck, for worker_spi_fold(). */
@@ -1237,9 +1245,7 @@ fold_rows(Position from, Position to)
 		for (int i = 0; i < sums.unfit->n; i++)
 		{
 			if (!add_stuck(&sums.unfit->tids[i], overflow_error()))
-				ereport(ERROR,
-						(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
-						 errmsg("too many sums do not fit")));
+				raise_overflow();
 		}
 		built_for = BUT_STUCK | MANY_KEYS;
 		tids = list_stuck(0, Stuck.nrows);
