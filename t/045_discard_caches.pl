@@ -33,25 +33,25 @@ INSERT INTO parent VALUES (1);
 CREATE FUNCTION nothing() RETURNS trigger LANGUAGE plpgsql
 AS 'BEGIN RETURN NULL; END';
 EOC
-my $launch =
-  "SELECT worker_spi_launch(1, roleoid => 'slow'::regrole) > 0";
 my $fold = 'SELECT worker_spi_fold(1)';
 
 # ------------------------------------------------------------------------
 # Folding
 # ------------------------------------------------------------------------
-is($node->safe_psql('postgres', $launch), 't', 'a worker makes its table');
-is( $node->safe_psql('postgres', <<'EOC'),
+is( $node->safe_psql('postgres',
+		"SELECT worker_spi_launch(1, roleoid => 'slow'::regrole) > 0"),
+	't', 'a worker makes its table');
+is( $node->safe_psql('postgres', <<EOC),
 INSERT INTO schema1.counted VALUES ('delta', 40), ('delta', 2);
-SELECT worker_spi_fold(1);
+$fold;
 TABLE schema1.counted;
 EOC
 	"t\ntotal|42", 'and folds');
 
 new_table($node, 1, <<'EOC');
 CREATE TABLE %t (type text NOT NULL DEFAULT 'delta',
-	value bigint NOT NULL,
-	id int REFERENCES parent, page text, n bigint NOT NULL DEFAULT 0,
+	value bigint NOT NULL, id int REFERENCES parent, page text,
+	n bigint NOT NULL DEFAULT 0,
 	last date NOT NULL DEFAULT '-infinity',
 	twice bigint GENERATED ALWAYS AS (value * 2) STORED);
 CREATE UNIQUE INDEX ON %t (id, page) NULLS NOT DISTINCT WHERE type = 'total';
