@@ -395,7 +395,10 @@ EOS
 		return run_with_worker(<<EOS, 2) eq 'waits';
 DO \$\$
 BEGIN
-	PERFORM FROM schema2.counted WHERE type = 'total' AND (page = 'p1' OR day IS NULL) FOR UPDATE;
+	LOOP
+		PERFORM FROM schema2.counted WHERE type = 'total' AND (page = 'p1' OR day IS NULL) FOR UPDATE;
+		EXIT WHEN FOUND;
+	END LOOP;
 	PERFORM worker_spi_fold(2, wait => false);
 	LOOP
 		EXIT WHEN EXISTS (SELECT FROM pg_locks
