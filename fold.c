@@ -374,11 +374,13 @@ static const struct MeasureType
 
 /*
  * How long a share is to take.  Nobody is to wait for it for long; but a key
- * that has deltas in many shares has its total written as many times, so they
- * are not to be many.
+ * that has deltas in many shares has its total written as many times, so with
+ * keys they are not to be many.
  */
-#define SHARE_MS			350.0
-#define SHARE_STRETCH		1.25	/* up to so much longer, if that saves one */
+#define SHARE_MS			200.0
+#define KEYED_SHARE_MS		350.0
+#define LAST_STRETCH		0.3 /* so much longer, if that saves one */
+#define TOTAL_ROWS			5.0 /* rows that cost as much as one total */
 #define FIRST_ROWS			20000.0
 #define MIN_ROWS			100.0	/* each may run slow code */
 #define MAX_BLOCKS			16384.0 /* there may be few deltas in many */
@@ -573,6 +575,7 @@ static bool untidy;				/* are totals to be brought to the front? */
 static BlockNumber index_blocks;	/* in the index on totals */
 
 static double share_rows;		/* deltas for one share, as was learned */
+static double last_share_rows;	/* and for one that is the last */
 
 static Relation open_table(SavedIdentity *saved);
 static void begin_cycle(Relation rel, bool retry);
@@ -937,11 +940,10 @@ share_end(Position from, Position to)
 		total += found[i];
 	}
 	rows = total * step;
-	shares = Max(rint(rows / share_rows),
-				 ceil(rows / share_rows / SHARE_STRETCH));
-	if (shares <= 1)
+	if (rows <= last_share_rows)
 		return to;
 
+	shares = Max(rint(rows / share_rows), 2);
 	wanted = total / shares;
 	for (i = 0; wanted > found[i]; i++)
 		wanted -= found[i];
@@ -988,18 +990,30 @@ fold_range(void)
 	return search->next < Cycle.end;
 }
 
-/* Learn from a share how much the next one should do. */
+/*
+ * Learn from a share how much the next one should do.  Its time went to rows,
+ * and to totals.  With more rows it would write more totals, but only as many
+ * as it wrote for the first time in this cycle; the others it writes anyway.
+ */
 static void
-adapt_share(int64 rows, double ms)
+adapt_share(const Sums *sums, double ms)
 {
-	double		wanted = rows * SHARE_MS / Max(ms, 1.0);
+	double		goal = Counted.has_keys ? KEYED_SHARE_MS : SHARE_MS;
+	double		rows = Max(sums->rows, 1);
+	double		row_ms = Max(ms, 1.0) / (rows + TOTAL_ROWS * sums->keys) *
+		(1 + TOTAL_ROWS * sums->fresh / rows);
+	double		wanted = rows + (goal - ms) / row_ms;
 
 	/* One that was fast for want of rows does not show a thing. */
-	if (ms > SHARE_MS)
+	if (ms > goal)
 		share_rows = Max(wanted, share_rows / 3);
-	else if (rows >= share_rows / 2)
+	else if (sums->rows >= share_rows / 2)
 		share_rows = Max(share_rows, Min(wanted, share_rows * 3));
+	else
+		return;
 	share_rows = Max(share_rows, MIN_ROWS);
+	last_share_rows = Min(share_rows + goal * LAST_STRETCH / row_ms,
+						  share_rows * 1.5);
 }
 
 /* -------------------------------------------------------------------------
@@ -1266,7 +1280,7 @@ fold_rows(Position from, Position to)
 
 	INSTR_TIME_SET_CURRENT(end);
 	INSTR_TIME_SUBTRACT(end, start);
-	adapt_share(sums.rows, INSTR_TIME_GET_MILLISEC(end));
+	adapt_share(&sums, INSTR_TIME_GET_MILLISEC(end));
 }
 
 /* -------------------------------------------------------------------------
@@ -2513,7 +2527,7 @@ look_at_table(Relation rel)
 	char	   *command;
 
 	if (Counted.relid != RelationGetRelid(rel))
-		share_rows = FIRST_ROWS;	/* for another one it may be too much */
+		share_rows = last_share_rows = FIRST_ROWS;	/* it may be another size */
 	Counted.ready = false;
 	Counted.valid = true;
 	Counted.relid = RelationGetRelid(rel);
