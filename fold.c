@@ -377,7 +377,7 @@ static const struct MeasureType
  * that has deltas in many shares has its total written as many times, so with
  * keys they are not to be many.
  */
-#define SHARE_MS			200.0
+#define SHARE_MS			250.0
 #define KEYED_SHARE_MS		350.0
 #define LAST_STRETCH		0.3 /* so much longer, if that saves one */
 #define TOTAL_ROWS			5.0 /* rows that cost as much as one total */
@@ -801,6 +801,7 @@ begin_cycle(Relation rel, bool retry)
 		Stuck.error.sqlstate = 0;
 		Stuck.file = rel->rd_rel->relfilenode;
 		Cycle.left = 0;
+		untidy = false;
 	}
 	if (!Cycle.running)
 	{
