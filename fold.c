@@ -284,7 +284,10 @@ static const struct Fragment
 	{"running sums", 0, SUMMED,
 	"COALESCE(total.%c, 0) {+} COALESCE(pg_catalog.sum(t.%c) OVER w, 0) AS n%i", ", "},
 
-	/* An array with NULL equals another, but one of empty arrays is empty. */
+	/*
+	 * Arrays of one NULL are equal, and can be hashed.  Where keys are
+	 * arrays, that of an empty one is equal to them, too.
+	 */
 	{"same keys", 0, KEY | NOT_NULL, " AND k%i %= total_k%i", ""},
 	{"same keys", 0, KEY | NULLABLE,
 		" AND ARRAY[k%i] {=} ARRAY[total_k%i]"
@@ -2590,7 +2593,7 @@ open_table(SavedIdentity *saved)
 		/* sorting by a collation costs thrice what hashing does */
 		{"enable_hashagg", "on"},
 		{"enable_sort", "off"},
-		/* nor does a join sort, where it does not look up */
+		/* a join looks up, or hashes */
 		{"enable_nestloop", "on"},
 		{"enable_hashjoin", "on"},
 		{"enable_mergejoin", "off"},
