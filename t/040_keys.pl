@@ -107,6 +107,7 @@ my @types = (
 		2
 	],
 	[ 'bytea', [qw('\x00' '\x' '\x00ff' '\x00')], 3 ],
+	[ 'bit varying', [qw('01' '1' '' '01')], 3 ],
 	[ 'inet', [qw('10.0.0.1' '10.0.0.1/32' '10.0.0.1/8' '::1')], 3 ],
 	[ 'regress_enum', [qw('low' 'high' 'low')], 2 ],
 	[ 'regress_domain', [qw('a' 'b' 'a')], 2 ],
@@ -168,6 +169,16 @@ EOC
 		join("\n", 't', $keys + 1, 't', $keys + 1, 0),
 		"a key of type $type has $keys exact totals, and one for NULL");
 }
+
+# Keys of some types can be sorted and not hashed.
+keyed_table(', k bit varying NOT NULL', 'k', <<'EOC');
+INSERT INTO %t VALUES ('total', 1, '01'), ('total', 2, '1'),
+	('delta', 10, '1'), ('delta', 100, ''), ('delta', 1000, '1');
+EOC
+$node->safe_psql('postgres', 'SELECT worker_spi_fold(1)');
+is( rows($node, 1, 'k, type, value'),
+	"|total|100\n01|total|1\n1|total|1012",
+	'a key that cannot be hashed has exact totals');
 
 # Types that cannot be compared can be no keys.
 keyed_table(', k json', undef, "INSERT INTO %t VALUES ('delta', 3, NULL);");
