@@ -114,8 +114,7 @@ typedef enum FoldStatement
 
 /*
  * The ctids of deltas whose keys are among some that are marked, or are not.
- * GROUP BY tells keys apart, here as everywhere, since it alone takes NULLs for
- * equal.
+ * GROUP BY tells keys apart, since it takes NULLs for equal, and = does not.
  */
 #define BY_KEYS(ctids, deltas, marked_keys, condition) \
 	"SELECT " ctids " FROM (" \
@@ -233,11 +232,12 @@ static const char *const statements[NUM_FOLD_STATEMENTS] = {
 /* What a column is; a fragment may be there for some columns only. */
 #define KEY				0x01
 #define NULLABLE		0x02	/* a key that may be NULL */
-#define NOT_NULL		0x04	/* a key that may not */
-#define MEASURE			0x08
-#define SUMMED			0x10	/* a measure that may not fit */
-#define EXTREME			0x20	/* a measure that always does */
-#define VALUE			0x40	/* the column of that name */
+#define JOINABLE		0x04	/* a key by whose = a join can hash */
+#define UNJOINABLE		0x08	/* a key that may be NULL, or has no such = */
+#define MEASURE			0x10
+#define SUMMED			0x20	/* a measure that may not fit */
+#define EXTREME			0x40	/* a measure that always does */
+#define VALUE			0x80	/* the column of that name */
 
 /*
  * A fragment without columns is there once; one with columns is there for each
@@ -285,11 +285,12 @@ static const struct Fragment
 	"COALESCE(total.%c, 0) {+} COALESCE(pg_catalog.sum(t.%c) OVER w, 0) AS n%i", ", "},
 
 	/*
-	 * Arrays of one NULL are equal, and can be hashed.  Where keys are
-	 * arrays, that of an empty one is equal to them, too.
+	 * Arrays of one NULL are equal, and a full join takes arrays of all that
+	 * can be sorted, whatever its = says of joins.  Where keys are arrays,
+	 * that of an empty one equals that of NULL.
 	 */
-	{"same keys", 0, KEY | NOT_NULL, " AND k%i %= total_k%i", ""},
-	{"same keys", 0, KEY | NULLABLE,
+	{"same keys", 0, JOINABLE, " AND k%i %= total_k%i", ""},
+	{"same keys", 0, UNJOINABLE,
 		" AND ARRAY[k%i] {=} ARRAY[total_k%i]"
 	" AND (k%i IS NULL) {=} (total_k%i IS NULL)", ""},
 
@@ -2304,9 +2305,13 @@ add_column(Form_pg_attribute att, int flags, const struct MeasureKind *kind)
 										 quote_identifier(get_namespace_name(nsp)),
 										 NameStr(((Form_pg_operator) GETSTRUCT(tuple))->oprname)));
 		ReleaseSysCache(tuple);
-		column->flags |= att->attnotnull ? NOT_NULL : NULLABLE;
 		if (!att->attnotnull)
+		{
+			column->flags |= NULLABLE;
 			Counted.bits |= NULL_KEYS;
+		}
+		column->flags |= att->attnotnull &&
+			op_hashjoinable(cache->eq_opr, att->atttypid) ? JOINABLE : UNJOINABLE;
 	}
 }
 

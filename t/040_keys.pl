@@ -180,6 +180,43 @@ is( rows($node, 1, 'k, type, value'),
 	"|total|100\n01|total|1\n1|total|1012",
 	'a key that cannot be hashed has exact totals');
 
+# What compares them need not say that joins may use it, and a range has no hash
+# where its bounds have none.
+$node->safe_psql('postgres', <<'EOC');
+CREATE TYPE regress_number;
+CREATE FUNCTION number_in(cstring) RETURNS regress_number LANGUAGE internal IMMUTABLE STRICT AS 'int4in';
+CREATE FUNCTION number_out(regress_number) RETURNS cstring LANGUAGE internal IMMUTABLE STRICT AS 'int4out';
+CREATE TYPE regress_number (INPUT = number_in, OUTPUT = number_out, LIKE = integer);
+CREATE FUNCTION number_lt(regress_number, regress_number) RETURNS boolean LANGUAGE internal IMMUTABLE STRICT AS 'int4lt';
+CREATE FUNCTION number_le(regress_number, regress_number) RETURNS boolean LANGUAGE internal IMMUTABLE STRICT AS 'int4le';
+CREATE FUNCTION number_eq(regress_number, regress_number) RETURNS boolean LANGUAGE internal IMMUTABLE STRICT AS 'int4eq';
+CREATE FUNCTION number_ge(regress_number, regress_number) RETURNS boolean LANGUAGE internal IMMUTABLE STRICT AS 'int4ge';
+CREATE FUNCTION number_gt(regress_number, regress_number) RETURNS boolean LANGUAGE internal IMMUTABLE STRICT AS 'int4gt';
+CREATE FUNCTION number_cmp(regress_number, regress_number) RETURNS integer LANGUAGE internal IMMUTABLE STRICT AS 'btint4cmp';
+CREATE OPERATOR < (LEFTARG = regress_number, RIGHTARG = regress_number, FUNCTION = number_lt);
+CREATE OPERATOR <= (LEFTARG = regress_number, RIGHTARG = regress_number, FUNCTION = number_le);
+CREATE OPERATOR = (LEFTARG = regress_number, RIGHTARG = regress_number, FUNCTION = number_eq);
+CREATE OPERATOR >= (LEFTARG = regress_number, RIGHTARG = regress_number, FUNCTION = number_ge);
+CREATE OPERATOR > (LEFTARG = regress_number, RIGHTARG = regress_number, FUNCTION = number_gt);
+CREATE OPERATOR CLASS regress_number_ops DEFAULT FOR TYPE regress_number USING btree AS
+	OPERATOR 1 <, OPERATOR 2 <=, OPERATOR 3 =, OPERATOR 4 >=, OPERATOR 5 >, FUNCTION 1 number_cmp;
+CREATE TYPE regress_bits AS RANGE (subtype = bit varying);
+EOC
+foreach my $column ('regress_number', 'regress_number NOT NULL',
+	'regress_bits', 'regress_bits NOT NULL')
+{
+	my @keys = $column =~ /bits/ ? ('[0,0]', '[1,1]', '[11,11]') : (7, 8, 9);
+
+	keyed_table(", k $column", 'k', <<EOC);
+INSERT INTO %t VALUES ('total', 1, '$keys[0]'), ('total', 2, '$keys[1]'),
+	('delta', 10, '$keys[1]'), ('delta', 100, '$keys[2]'), ('delta', 1000, '$keys[1]');
+EOC
+	$node->psql('postgres', 'SELECT worker_spi_fold(1)');
+	is( rows($node, 1, 'k, type, value'),
+		"$keys[0]|total|1\n$keys[1]|total|1012\n$keys[2]|total|100",
+		"a key of type $column has exact totals");
+}
+
 # Types that cannot be compared can be no keys.
 keyed_table(', k json', undef, "INSERT INTO %t VALUES ('delta', 3, NULL);");
 error_is($node, 'postgres', 'SELECT worker_spi_fold(1)', '42P16',
