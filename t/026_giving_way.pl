@@ -2,7 +2,8 @@
 # role may try: the server locks the database before it finds out that the
 # command is denied.  A role that may only log in does so in a loop, with all
 # commands that lock a database, and makes others of them wait in a queue; no
-# worker may leave for that, while the real command still succeeds in no time.
+# worker may leave for that.  The real command, which fails if workers stay for
+# five seconds, still succeeds.
 #
 # It waits for the sessions to have been denied often enough, and for lock waits
 # in pg_locks.
@@ -13,7 +14,6 @@ use warnings FATAL => 'all';
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
-use Time::HiRes qw(time);
 use t::WorkerSpi;
 
 # Whoever leaves stays away for longer than this test.
@@ -109,11 +109,17 @@ foreach my $index (1 .. 3)
 	local $ENV{PGOPTIONS} = '-c post_auth_delay=4';
 	push @sessions, start_psql($node, 'busy', 'slow', 'SELECT 1', @as_nobody);
 }
+# It has no database to show before it has been let in.
+$node->poll_query_until('postgres', <<'EOC') or die 'no connection has its lock';
+SELECT count(*) > 0 FROM pg_locks
+WHERE classid = 'pg_database'::regclass AND granted AND mode = 'RowExclusiveLock'
+	AND pid NOT IN (SELECT pid FROM pg_stat_activity WHERE datname IS NOT NULL)
+EOC
 my $rename = start_psql($node, 'postgres', 'queued',
 	'ALTER DATABASE busy RENAME TO taken', @as_nobody);
 $node->poll_query_until('postgres', <<'EOC') or die 'nobody waits';
-SELECT count(*) > 0 FROM pg_locks
-WHERE classid = 'pg_database'::regclass AND NOT granted AND mode = 'AccessExclusiveLock'
+SELECT count(*) > 0 FROM pg_stat_activity
+WHERE query LIKE 'ALTER DATABASE busy RENAME%' AND wait_event_type = 'Lock'
 EOC
 fold($node, 1, 'busy');
 like((finish_psql($rename))[1], qr/must be owner of database/,
@@ -123,15 +129,9 @@ is(pids(), $pids, 'a command that waits moves no worker');
 # ------------------------------------------------------------------------
 # The real one, in the midst of it
 # ------------------------------------------------------------------------
-my $start = time;
 ($ret, $out, $err) =
   $node->psql('postgres', 'ALTER DATABASE busy RENAME TO lazy');
-my $took = time - $start;
 is($ret, 0, 'a command that is not denied succeeds') or diag($err);
-
-# A second, and some for a busy machine; without giving way it takes five, and
-# fails.
-cmp_ok($took, '<', 4.5, 'in short time');
 
 $node->safe_psql('postgres', 'INSERT INTO done DEFAULT VALUES');
 is((finish_psql($_))[1], '', 'no session had another error') foreach @sessions;
