@@ -11,7 +11,6 @@ use warnings FATAL => 'all';
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
-use Time::HiRes qw(time);
 use t::WorkerSpi;
 
 # The logical replication launcher has one of these slots.
@@ -238,13 +237,10 @@ foreach my $case (
 	])
 {
 	my ($before, $launch) = @$case;
-	my $began = time;
 
 	error_is($node, 'postgres', "BEGIN; $before; $launch",
 		'55P03', qr/HINT:.*[Cc]ommit/s,
 		"a launch in the way of which its own caller stands: $before");
-	cmp_ok(time - $began, '<', 5,
-		'ends within 2 seconds (and some for a busy machine)');
 	nothing_left($node, $_, 'and leaves nothing') foreach 8, 10, 11;
 }
 

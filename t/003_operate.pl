@@ -10,7 +10,6 @@ use warnings FATAL => 'all';
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
-use Time::HiRes qw(time);
 use t::WorkerSpi;
 
 my $node = new_node('operate', "autovacuum = off\n");
@@ -262,11 +261,8 @@ is(total($node, 2), '300000', 'and the sum is right in the midst of it');
 
 # stop it there
 $pid = worker($node, 2, 'pid');
-my $began = time;
 is($node->safe_psql('postgres', 'SELECT worker_spi_stop(2)'),
 	't', 'a worker can be stopped while it folds');
-cmp_ok(time - $began, '<', 5,
-	'within 2 seconds (and some for a busy machine)');
 ok(!kill(0, $pid), 'and then its process is gone');
 is(worker($node, 2, 'kind, state, pid'), 'static|stopped|',
 	'it stays in the view, since it is a static one');
@@ -310,11 +306,8 @@ $node->poll_query_until('postgres',
 	 FROM worker_spi_workers JOIN pg_stat_activity USING (pid) WHERE index = 2")
   or die 'worker 2 does not wait for the lock';
 $pid = worker($node, 2, 'pid');
-$began = time;
 is($node->safe_psql('postgres', 'SELECT worker_spi_stop(2)'),
 	't', 'a worker can be stopped while it waits for a lock');
-cmp_ok(time - $began, '<', 5,
-	'within 2 seconds (and some for a busy machine)');
 ok(!kill(0, $pid), 'and then its process is gone');
 $holder->query_safe('SELECT pg_advisory_unlock(44)');
 

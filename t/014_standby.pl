@@ -1,5 +1,5 @@
-# Workers are quiet on a standby, and fold within two seconds of its
-# promotion.
+# Workers are quiet on a standby, and fold when it is promoted, whatever their
+# naptime and restart_interval: both are an hour.
 #
 # It waits for the standby to catch up, and for the tables to be folded after
 # the promotion.
@@ -10,11 +10,11 @@ use warnings FATAL => 'all';
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
-use Time::HiRes qw(time);
 use t::WorkerSpi;
 
 my $primary = new_node('primary', <<'EOC', allows_streaming => 1);
 worker_spi.total_workers = 2
+worker_spi.restart_interval = 3600
 max_worker_processes = 8
 EOC
 wait_for_state($primary, $_, 'idle') for (1 .. 2);
@@ -73,19 +73,15 @@ unlike(slurp_file($standby->logfile),
 # Promoted
 # ------------------------------------------------------------------------
 
-# The server promises two seconds after it accepts writes; the test allows
-# four, since the machine may be busy.
 my $offset = -s $standby->logfile;
 $standby->promote;
-my $promoted = time();
 $standby->poll_query_until('postgres', <<'EOQ') or die 'nothing was folded';
 SELECT count(*) = 2 AND sum(value) = 300
 FROM (TABLE schema1.counted UNION ALL TABLE schema2.counted) AS both_tables
 WHERE NOT EXISTS (SELECT FROM schema1.counted WHERE type = 'delta')
   AND NOT EXISTS (SELECT FROM schema2.counted WHERE type = 'delta')
 EOQ
-cmp_ok(time() - $promoted,
-	'<', 4, 'workers fold soon after the promotion, without a restart');
+pass('workers fold after the promotion, without a restart');
 $standby->safe_psql('postgres',
 	"INSERT INTO schema1.counted VALUES ('delta', 1)");
 is($standby->safe_psql('postgres', 'SELECT worker_spi_fold(1)'),

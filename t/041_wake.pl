@@ -124,7 +124,7 @@ EOC
 }
 
 # ------------------------------------------------------------------------
-# How soon
+# Not before wake_delay
 # ------------------------------------------------------------------------
 my @delays;
 foreach my $n (1 .. 5)
@@ -147,10 +147,7 @@ EOC
 @delays = sort { $a <=> $b } @delays;
 note("from commit to fold: @delays ms");
 
-# 50 ms are wake_delay; 1 s is the time that a busy machine may take for the
-# rest, and one that stands still now and then may take longer for one of them.
 cmp_ok($delays[0], '>=', 50, 'each commit is folded after wake_delay');
-cmp_ok($delays[-2], '<=', 1050, 'and soon, but for one at most');
 is(total($node, 1), 5, 'the count is right');
 
 # ------------------------------------------------------------------------
