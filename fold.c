@@ -1994,11 +1994,11 @@ invalidate_table(Datum arg, Oid relid)
  * Make the schema, as ourselves, and the table, as the schema's owner, if they
  * are missing.
  *
- * The table is a queue: as many rows die as are inserted.  With the defaults
- * of autovacuum it would grow with each burst, and with each fifth of it that
- * is not yet dead.  The fill factor leaves room for new versions of the total
- * on its page, which therefore stays the first, so that a vacuum can truncate
- * the table after a backlog.
+ * The table is a queue: as many rows die as are inserted.  By default,
+ * autovacuum would wait until a fifth of the table is dead, so the larger a
+ * burst has made it, the longer, and would pause while it works.  The fill
+ * factor leaves room for new versions of the total on its page, which therefore
+ * stays the first, so that a vacuum can truncate the table after a backlog.
  */
 static void
 make_table(void)
@@ -2271,6 +2271,24 @@ find_total_index(Relation rel, Form_pg_attribute type, AttrNumber value,
 	return found != NULL;
 }
 
+/* How to write an operator so that it is that one, whatever search_path says. */
+static char *
+qualified_operator(Oid oid)
+{
+	HeapTuple	tuple = SearchSysCache1(OPEROID, ObjectIdGetDatum(oid));
+	Form_pg_operator operator;
+	char	   *result;
+
+	if (!HeapTupleIsValid(tuple))
+		elog(ERROR, "cache lookup failed for operator %u", oid);
+	operator = (Form_pg_operator) GETSTRUCT(tuple);
+	result = psprintf("OPERATOR(%s.%s)",
+					  quote_identifier(get_namespace_name(operator->oprnamespace)),
+					  NameStr(operator->oprname));
+	ReleaseSysCache(tuple);
+	return result;
+}
+
 /* Add a column to what is known of the table. */
 static void
 add_column(Form_pg_attribute att, int flags, const struct MeasureKind *kind)
@@ -2291,27 +2309,20 @@ add_column(Form_pg_attribute att, int flags, const struct MeasureKind *kind)
 	}
 	else
 	{
-		TypeCacheEntry *cache = lookup_type_cache(att->atttypid,
-												  TYPECACHE_EQ_OPR);
-		Oid			nsp = InvalidOid;
-		HeapTuple	tuple = SearchSysCache1(OPEROID, ObjectIdGetDatum(cache->eq_opr));
+		Oid			equals = lookup_type_cache(att->atttypid,
+											   TYPECACHE_EQ_OPR)->eq_opr;
 
-		if (!HeapTupleIsValid(tuple))
-			elog(ERROR, "cache lookup failed for operator %u", cache->eq_opr);
-		nsp = ((Form_pg_operator) GETSTRUCT(tuple))->oprnamespace;
-		column->equals =
-			MemoryContextStrdup(Counted.context,
-								psprintf("OPERATOR(%s.%s)",
-										 quote_identifier(get_namespace_name(nsp)),
-										 NameStr(((Form_pg_operator) GETSTRUCT(tuple))->oprname)));
-		ReleaseSysCache(tuple);
+		column->equals = MemoryContextStrdup(Counted.context,
+											 qualified_operator(equals));
+		if (att->attnotnull && op_hashjoinable(equals, att->atttypid))
+			column->flags |= JOINABLE;
+		else
+			column->flags |= UNJOINABLE;
 		if (!att->attnotnull)
 		{
 			column->flags |= NULLABLE;
 			Counted.bits |= NULL_KEYS;
 		}
-		column->flags |= att->attnotnull &&
-			op_hashjoinable(cache->eq_opr, att->atttypid) ? JOINABLE : UNJOINABLE;
 	}
 }
 
