@@ -20,6 +20,7 @@ my $superuser = $node->safe_psql('postgres',
 # Start
 # ------------------------------------------------------------------------
 fold($node, $_) foreach 1, 2;
+wait_for_nap($node, $_) foreach 1, 2;
 
 is( $node->safe_psql(
 		'postgres',
@@ -94,6 +95,7 @@ like(
 	slurp_file($node->logfile, $offset),
 	qr/LOG:  worker_spi worker 1: count in schema1\.counted is now 17$/m,
 	'and is in the log');
+wait_for_nap($node, 1);
 is( $node->safe_psql(
 		'postgres',
 		"SELECT n_tup_ins, n_tup_upd, n_tup_del FROM pg_stat_user_tables
@@ -110,6 +112,7 @@ ok( $node->log_contains(
 		qr/LOG:  worker_spi worker 1: count in schema1\.counted is now 0$/m,
 		$offset),
 	'a total that comes to nothing is logged like any other');
+wait_for_nap($node, 1);
 is( $node->safe_psql(
 		'postgres',
 		"SELECT n_tup_ins, n_tup_upd, n_tup_del FROM pg_stat_user_tables

@@ -108,6 +108,7 @@ $node->poll_query_until('postgres',
 	"SELECT count(*) = 1 FROM pg_stat_activity WHERE datname = 'quiet'")
   or die 'somebody else is in the database';
 $node->safe_psql('postgres', "SELECT worker_spi_fold(3, $quiet)");
+wait_for_nap($node, 3);
 my $pid = worker($node, 3, 'pid');
 my $commits =
   "SELECT xact_commit FROM pg_stat_database WHERE datname = 'quiet'";
@@ -128,6 +129,7 @@ like((finish_psql(shift @waiters))[1],
 kill 'CONT', $pid or die "kill: $!";
 is(join(' ', map { (finish_psql($_))[0] } @waiters),
 	join(' ', ('t') x 9), 'the others get their fold');
+wait_for_nap($node, 3);
 is($node->safe_psql('postgres', $commits),
 	$before + 1, 'one cycle has served them all');
 is($node->safe_psql('postgres', "SELECT worker_spi_fold(3, $quiet)"),

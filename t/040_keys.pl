@@ -646,6 +646,7 @@ CREATE TABLE few AS SELECT 'delta' AS type, 10 AS value, a, b FROM (VALUES
 	(NULL, NULL), (NULL, 5), ('a5', NULL), ('a5', 5), ('new', NULL), (NULL, 1000)) AS k (a, b);
 EOC
 my $rollbacks = "SELECT xact_rollback FROM pg_stat_database WHERE datname = 'postgres'";
+wait_for_nap($node, 1);
 my $rolled_back = $node->safe_psql('postgres', $rollbacks);
 is( $node->safe_psql('postgres', <<'EOC'),
 SELECT worker_spi_fold(1);
@@ -657,8 +658,7 @@ EOC
 	"t\nt\na5|5|21\na5||21\nnew||20\n|5|21\n|1000|20\n||21",
 	'a few deltas with NULL keys among 20,000 totals are folded right');
 
-# The worker has reported what the last cycle did when it begins another.
-$node->safe_psql('postgres', 'SELECT worker_spi_fold(1)');
+wait_for_nap($node, 1);
 is($node->safe_psql('postgres', $rollbacks), $rolled_back, 'at the first try');
 
 # A large backlog takes several transactions, and most keys are met by more than

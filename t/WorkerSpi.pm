@@ -14,8 +14,8 @@ use Test::More;
 
 our @EXPORT = qw(new_node reload_settings crash server_lines database_oid
   new_table add_gate total rows fold wait_for_fold
-  worker wait_for_state wait_for_restart process_count nothing_left
-  launch_20_at_once
+  worker wait_for_state wait_for_nap wait_for_restart process_count
+  nothing_left launch_20_at_once
   error_is start_psql wait_for_psql finish_psql start_pgbench);
 
 # ------------------------------------------------------------------------
@@ -224,6 +224,18 @@ sub wait_for_state
 	$node->poll_query_until('postgres',
 		"SELECT count(*) > 0 AND bool_and(state = '$state') FROM worker_spi_workers WHERE $where"
 	) or die "worker $index did not become $state";
+	return;
+}
+
+# Wait until the process of worker $index sleeps.  Whoever waits for a cycle has the
+# answer, and the view shows the worker as idle, before the cycle is reported in
+# the server's statistics.
+sub wait_for_nap
+{
+	my ($node, $index) = @_;
+	$node->poll_query_until('postgres',
+		"SELECT wait_event_type = 'Extension' FROM worker_spi_workers JOIN pg_stat_activity USING (pid) WHERE index = $index"
+	) or die "worker $index does not nap";
 	return;
 }
 
