@@ -750,7 +750,7 @@ EOC
 # Others write while folds run
 # ------------------------------------------------------------------------
 keyed_table(', k int', 'k', 'CREATE TABLE ledger (value bigint, k int);');
-my $script = <<'EOC';
+my $insert = <<'EOC';
 \set v random(-1000, 1000)
 \set k random(1, 50)
 BEGIN;
@@ -758,34 +758,28 @@ INSERT INTO schema1.counted VALUES ('delta', :v, nullif(:k, 50));
 INSERT INTO ledger VALUES (:v, nullif(:k, 50));
 END;
 EOC
-$count_before = worker($node, 1, 'fold_count');
-my $pgbench = start_pgbench($node, [ '-c', 4, '-t', 500 ], $script);
-my $wrong = 0;
-while ($pgbench->{run}->pumpable)
-{
-	$pgbench->{run}->pump_nb;
 
-	# One snapshot sees both tables.
-	my $equal = last_line(<<'EOC');
+# One snapshot sees both tables.
+my $fold_and_compare = <<'EOC';
 SELECT worker_spi_fold(1);
-SELECT NOT EXISTS (
+SELECT 1 / (NOT EXISTS (
 	SELECT k, sum(value) FROM schema1.counted GROUP BY k
 	EXCEPT SELECT k, sum(value) FROM ledger GROUP BY k)
 AND NOT EXISTS (
 	SELECT k, sum(value) FROM ledger GROUP BY k
-	EXCEPT SELECT k, sum(value) FROM schema1.counted GROUP BY k);
+	EXCEPT SELECT k, sum(value) FROM schema1.counted GROUP BY k))::int;
 EOC
-	$wrong++ if $equal ne 't';
-}
+$count_before = worker($node, 1, 'fold_count');
+my $pgbench = start_pgbench($node, [ '-c', 4, '-t', 500 ],
+	[ $insert, 9 ], [ $fold_and_compare, 1 ]);
 my (undef, $bench_err, $success) = finish_psql($pgbench);
-ok($success, 'four clients wrote while the worker folded') or diag($bench_err);
-is($wrong, 0, 'no snapshot had a key whose sum was wrong');
+ok($success,
+	'while four clients write and fold, no snapshot has a key whose sum is wrong')
+  or diag($bench_err);
 cmp_ok(worker($node, 1, 'fold_count'),
 	'>', $count_before + 1, 'there were several folds meanwhile');
 is( last_line("SELECT worker_spi_fold(1);\n$differences_k"),
 	0, 'in the end each total is that of the ledger');
-is($node->safe_psql('postgres', 'SELECT count(*) FROM ledger'),
-	2000, 'all of the clients\' rows are in the ledger');
 is(worker($node, 1, 'pid'),
 	$pid, 'one process of the worker has done all this');
 
