@@ -772,7 +772,7 @@ EOC
 $count_before = worker($node, 1, 'fold_count');
 my $pgbench = start_pgbench($node, [ '-c', 4, '-t', 500 ],
 	[ $insert, 9 ], [ $fold_and_compare, 1 ]);
-my (undef, $bench_err, $success) = finish_psql($pgbench);
+my ($bench_out, $bench_err, $success) = finish_psql($pgbench);
 ok($success,
 	'while four clients write and fold, no snapshot has a key whose sum is wrong')
   or diag($bench_err);
@@ -780,6 +780,9 @@ cmp_ok(worker($node, 1, 'fold_count'),
 	'>', $count_before + 1, 'there were several folds meanwhile');
 is( last_line("SELECT worker_spi_fold(1);\n$differences_k"),
 	0, 'in the end each total is that of the ledger');
+my ($inserts) = $bench_out =~ /SQL script 1:.*?(\d+) transactions/s;
+is($node->safe_psql('postgres', 'SELECT count(*) FROM ledger'),
+	$inserts, 'all of the clients\' rows are in the ledger');
 is(worker($node, 1, 'pid'),
 	$pid, 'one process of the worker has done all this');
 
