@@ -292,7 +292,9 @@ build_server()
 	[ "$rc" = 0 ] || die "could not build $dir"
 }
 
-# What finds mistakes is on, what only makes users happy is off.
+# What finds mistakes is on, what only makes users happy is off.  16 starts each
+# process anew instead of forking it, as servers on Windows do: each loads the
+# library again.
 make_server()
 {
 	local version=$1 archive=$2 new=$3 dir=$4 options module
@@ -300,6 +302,7 @@ make_server()
 	options=(--prefix="$dir" --enable-cassert --enable-debug --enable-tap-tests
 		--without-icu --without-readline --without-zlib)
 	[ "$version" -lt 17 ] || options+=(--enable-injection-points)
+	[ "$version" != 16 ] || options+=(CPPFLAGS=-DEXEC_BACKEND)
 
 	chmod 755 "$new" &&
 		mkdir "$new/src" && tar -C "$new/src" --strip-components=1 -xf "$archive" &&
@@ -365,15 +368,31 @@ in_folder()
 }
 
 # Set $folder to that of the Debian release with server $1, lock it, and copy
-# the tree into it.  If there is no such folder, make it; it gets its name when
-# it is complete.
+# the tree into it.
 enter_folder()
 {
-	local release mirror new rc=0
+	local release
 
 	release=$(release_with_server "$1") ||
 		die "no Debian release is known for server $1"
-	folder=$cache/$release
+	need_folder "$release" "$release" prepare_folder
+}
+
+# The same with a folder that has nothing but what that release calls required,
+# from its main archive.  Whoever wants it to stay so works in a copy.
+enter_bare_folder()
+{
+	need_folder "$(release_with_server "$1")" "$(release_with_server "$1").bare" :
+}
+
+# Set $folder to one with Debian release $1, by name $2, and lock it.  If there
+# is none, make it, and have command $3 complete it; it gets its name when that
+# is done.
+need_folder()
+{
+	local release=$1 complete=$3 new rc=0
+
+	folder=$cache/$2
 	mkdir -p "$cache"
 	exec 9>"$folder.lock"
 	flock 9
@@ -381,13 +400,9 @@ enter_folder()
 	if [ ! -d "$folder" ]; then
 		install_packages debootstrap
 		say "making $folder"
-		# shellcheck disable=SC2016	# for apt-get to expand
-		mirror=$(apt-get indextargets --format '$(SITE)' \
-			'Created-By: Packages' 'Origin: Debian' 'Label: Debian' |
-			sed -n 1p)
 		rm -rf --one-file-system "$folder".??????	# of one that was ended
 		new=$(mktemp -d "$folder.XXXXXX")
-		make_folder "$release" "$new" "$mirror" || rc=$?
+		make_folder "$release" "$new" && "$complete" "$new" || rc=$?
 		if [ "$rc" != 0 ]; then
 			rm -rf "$new"
 			die "could not make $folder"
@@ -400,21 +415,28 @@ enter_folder()
 
 make_folder()
 {
-	local release=$1 new=$2 mirror=$3
+	local release=$1 new=$2 mirror
 
+	# shellcheck disable=SC2016	# for apt-get to expand
+	mirror=$(apt-get indextargets --format '$(SITE)' \
+		'Created-By: Packages' 'Origin: Debian' 'Label: Debian' | sed -n 1p)
 	chmod 755 "$new"
 	# The script of trixie serves newer releases too.
 	quietly in_namespace debootstrap --variant=minbase \
 		--include=ca-certificates "$release" "$new" "$mirror" trixie ||
 		return
 
-	# A mirror may stand still, and no server but those of tests is wanted.
+	# A mirror may stand still.
 	echo 'Acquire::Check-Valid-Until "false";' \
 		>"$new/etc/apt/apt.conf.d/worker_spi"
-	mkdir -p "$new/etc/postgresql-common/createcluster.d"
-	echo 'create_main_cluster = false' \
-		>"$new/etc/postgresql-common/createcluster.d/worker_spi.conf"
+}
 
-	copy_tree "$new/src"
-	in_folder "$new" bash -euc '. dev/lib.sh; install_server'
+# No server but those of tests is wanted in folder $1.
+prepare_folder()
+{
+	mkdir -p "$1/etc/postgresql-common/createcluster.d"
+	echo 'create_main_cluster = false' \
+		>"$1/etc/postgresql-common/createcluster.d/worker_spi.conf"
+	copy_tree "$1/src"
+	in_folder "$1" bash -euc '. dev/lib.sh; install_server'
 }
