@@ -1,7 +1,7 @@
 # Built with PGXS; PG_CONFIG chooses the server.  "make help" lists the targets.
 
 MODULE_big = worker_spi
-OBJS = worker_spi.o wake.o worker.o slot.o fold.o
+OBJS = worker_spi.o wake.o worker.o slot.o fold.o stuck.o table.o
 EXTENSION = worker_spi
 DATA = worker_spi--1.0.sql
 PGFILEDESC = "worker_spi - fold the deltas of a counter in the background"
@@ -14,6 +14,7 @@ PGXS := $(shell $(PG_CONFIG) --pgxs)
 include $(PGXS)
 
 $(OBJS): worker_spi.h
+fold.o stuck.o table.o: fold.h
 
 .PHONY: help
 help:

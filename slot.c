@@ -12,11 +12,12 @@
  *			(free)		-- server start ------------------> DOWN
  *			(free)		-- launch ------------------------> STARTING
  *			STOPPED		-- launch ------------------------> STARTING
- *			DOWN		-- process starts ---------------*> STARTING
- *			STARTING	-- first transaction is made ----*> BUSY
+ *			DOWN		-- process is about to connect --*> STARTING
+ *			STARTING	-- what it works on is there ----*> BUSY
+ *			STARTING	-- starts afresh, after failures *> BACKOFF
  *			BUSY		-- cycle went through -----------*> IDLE
  *			BUSY, STARTING -- cycle failed --------------*> BACKOFF
- *			IDLE, BACKOFF -- due, asked for or woken ----*> BUSY
+ *			IDLE, BACKOFF -- due, or asked for ----------*> BUSY
  *			any			-- process exits, to come again -*> DOWN
  *			any			-- process exits for good -------*> (free) or STOPPED
  *			DOWN		-- stop --------------------------> (free) or STOPPED
@@ -92,21 +93,32 @@ typedef struct WorkerSlot
 	Latch	   *launcher;		/* the backend's, while launching */
 	bool		launching;		/* does a backend wait for readiness? */
 	bool		stop;			/* is the worker to leave for good? */
+	bool		may_make;		/* may it make what it works on? */
+
+	/* what one process leaves to the next */
+	int			connect_failures;	/* in a row */
+	int			failures;		/* cycles that failed in a row */
+	TimestampTz due;			/* the next cycle, if they are not 0 */
+	TimestampTz afresh;			/* when a process last started afresh */
 
 	uint64		asked;			/* last ticket handed out */
 	uint64		answered;		/* last ticket answered, well or not */
 	uint64		answered_well;	/* last ticket answered well */
 	WorkerError answer;			/* why the last was not; 0 if it has exited */
 
-	/* these two outlast the registration: somebody may still look at them */
-	pg_atomic_uint32 wake;		/* a commit wants a cycle soon */
+	/* what follows outlasts the registration: somebody may still look at it */
 	ConditionVariable changed;	/* broadcast with answers, and at exit */
+
+	/* only counters: begin */
+	pg_atomic_uint32 wake;		/* a commit wants a cycle soon */
+	/* only counters: end */
 } WorkerSlot;
 
 typedef struct SharedSlots
 {
-	LWLock	   *lock;			/* guards all that follows, but for wake */
+	LWLock	   *lock;			/* guards all that follows, but for atomics */
 	uint64		last_generation;	/* of the newest registration */
+	uint64		changes;		/* counts whatever find_slot() may notice */
 	int			nslots;
 	WorkerSlot	slots[FLEXIBLE_ARRAY_MEMBER];
 } SharedSlots;
@@ -133,6 +145,7 @@ static int64 rows_in_cycle = 0; /* what the cycle has done so far */
 
 static void request_shmem(void);
 static void startup_shmem(void);
+static ListResult follow_list(WorkerSlot *slot, const char *setting);
 static void leave_slot(WorkerSlot *slot);
 static WorkerSlot *locked_slot(const SlotRef *ref);
 
@@ -144,6 +157,10 @@ static WorkerSlot *locked_slot(const SlotRef *ref);
 /*
  * Have shared memory made, with slots for these static workers and for as many
  * dynamic ones as the server can have.
+ *
+ * Where each process loads the library anew, all of them must come to the same
+ * size.  So it goes by max_worker_processes alone, of which there cannot be
+ * more static workers either; the settings may have changed since.
  *
  * Called by the postmaster while it loads the library: memory can be asked for
  * at no other time.
@@ -166,7 +183,7 @@ slot_init(int nstatic, const WorkerParams *params)
 static int
 num_slots(void)
 {
-	return num_static + max_worker_processes;
+	return 2 * max_worker_processes;
 }
 
 static Size
@@ -190,11 +207,16 @@ request_shmem(void)
 static void
 occupy_slot(WorkerSlot *slot, const WorkerParams *params, WorkerState state)
 {
-	memset(slot, 0, offsetof(WorkerSlot, wake));
+	memset(slot, 0, offsetof(WorkerSlot, changed));
 	slot->status.params = *params;
 	slot->status.state = state;
 	slot->status.done_until = DT_NOBEGIN;
+	if (Slots)
+		Slots->changes++;
+
+	/* only counters: begin */
 	pg_atomic_write_u32(&slot->wake, 0);
+	/* only counters: end */
 }
 
 /*
@@ -204,10 +226,14 @@ occupy_slot(WorkerSlot *slot, const WorkerParams *params, WorkerState state)
  * What is registered then is in the postmaster's own list, which survives a
  * crash.  A static worker that is not in it had been stopped.  (One that was
  * stopped while it had no process is in the list until its restart is due.)
+ *
+ * After a crash nothing is made: what a worker had made, somebody may since
+ * have dropped.
  */
 static void
 startup_shmem(void)
 {
+	static bool server_start = true;
 	bool		found;
 	registered_iter iter;
 
@@ -221,11 +247,15 @@ startup_shmem(void)
 		memset(Slots, 0, shmem_size());
 		Slots->lock = &GetNamedLWLockTranche("worker_spi")->lock;
 		Slots->nslots = num_slots();
+		Slots->changes = 1;
 		Slots->last_generation = num_static;
 		for (int i = 0; i < Slots->nslots; i++)
 		{
-			pg_atomic_init_u32(&Slots->slots[i].wake, 0);
 			ConditionVariableInit(&Slots->slots[i].changed);
+
+			/* only counters: begin */
+			pg_atomic_init_u32(&Slots->slots[i].wake, 0);
+			/* only counters: end */
 		}
 		for (int i = 0; i < num_static; i++)
 			occupy_slot(&Slots->slots[i], &static_params[i], WORKER_STOPPED);
@@ -246,11 +276,17 @@ startup_shmem(void)
 			/* An old registration that lingers may share a newer one's slot. */
 			if (params.generation >= slot->status.params.generation)
 				occupy_slot(slot, &params, WORKER_DOWN);
+			slot->may_make = server_start;
 			Slots->last_generation = Max(Slots->last_generation,
 										 params.generation);
 		}
+
+		/* The registrations do not know where reloads have moved them. */
+		for (int i = 0; i < num_static; i++)
+			(void) follow_list(&Slots->slots[i], worker_spi_database);
 	}
 	LWLockRelease(AddinShmemInitLock);
+	server_start = false;
 }
 
 /* A slot that only its own process uses needs no lock. */
@@ -343,11 +379,14 @@ slot_get_status(int slotno, WorkerStatus *status)
 /*
  * Find the slot of a worker by its index and database.  A static worker that
  * is not connected has only the name of its database; dbname may be NULL if
- * the caller knows none.  The caller holds the lock.
+ * the caller knows none.  If a static one is stopped there, and another has
+ * its index, the other is meant.  The caller holds the lock.
  */
 static WorkerSlot *
 find_slot(int index, Oid dboid, const char *dbname)
 {
+	WorkerSlot *stopped = NULL;
+
 	for (int i = 0; i < Slots->nslots; i++)
 	{
 		WorkerStatus *status = &Slots->slots[i].status;
@@ -358,9 +397,13 @@ find_slot(int index, Oid dboid, const char *dbname)
 			status->params.is_static ?
 			dbname && strcmp(NameStr(status->params.database), dbname) == 0 :
 			status->params.dboid == dboid)
-			return &Slots->slots[i];
+		{
+			if (status->state != WORKER_STOPPED)
+				return &Slots->slots[i];
+			stopped = &Slots->slots[i];
+		}
 	}
-	return NULL;
+	return stopped;
 }
 
 /* The same for other files: false if there is no such worker. */
@@ -441,9 +484,12 @@ slot_reserve(WorkerParams *params, const char *dbname, SlotRef *ref)
 			slot->status.params = *params;
 			slot->status.state = WORKER_STARTING;
 			slot->answer.sqlstate = 0;
+			slot->connect_failures = slot->failures = 0;
+			Slots->changes++;
 		}
 		else
 			occupy_slot(slot, params, WORKER_STARTING);
+		slot->may_make = true;
 		slot->launcher = MyLatch;
 		slot->launching = true;
 		ref->slotno = slot - Slots->slots;
@@ -546,6 +592,8 @@ leave_slot(WorkerSlot *slot)
 	slot->launching = false;
 	slot->stop = false;
 	slot->answered = slot->asked;
+	if (Slots)
+		Slots->changes++;
 }
 
 /* -------------------------------------------------------------------------
@@ -672,17 +720,27 @@ slot_wait_stopped(const SlotRef *ref)
 	ConditionVariableCancelSleep();
 }
 
+/* only counters: begin */
+
 /*
  * Have a worker, if it is there and not this process, run a cycle soon.  Called
  * when a transaction has just committed, so it must not fail.
+ *
+ *		hint	where it was found the last time; all zeroes at first
  */
 void
-slot_wake(int index, Oid dboid)
+slot_wake(int index, Oid dboid, SlotHint *hint)
 {
 	WorkerSlot *slot;
 
 	LWLockAcquire(Slots->lock, LW_SHARED);
-	slot = find_slot(index, dboid, NULL);
+	if (hint->changes != Slots->changes)
+	{
+		slot = find_slot(index, dboid, NULL);
+		hint->changes = Slots->changes;
+		hint->slotno = slot ? slot - Slots->slots : -1;
+	}
+	slot = hint->slotno >= 0 ? &Slots->slots[hint->slotno] : NULL;
 
 	/* If it was set already, the worker knows and has yet to begin. */
 	if (slot && slot != MySlot && slot->latch &&
@@ -691,14 +749,16 @@ slot_wake(int index, Oid dboid)
 	LWLockRelease(Slots->lock);
 }
 
+/* only counters: end */
+
 /* -------------------------------------------------------------------------
  * For the worker itself
  * -------------------------------------------------------------------------
  */
 
 /*
- * DOWN, STARTING -> STARTING: take over the slot of our registration.  Returns
- * false if it is ours no more: stopped while there was no process.
+ * Take over the slot of our registration, as it is.  Returns false if it is
+ * ours no more: stopped while there was no process.
  *
  * Called with signals blocked; nothing here can fail.
  */
@@ -713,7 +773,7 @@ slot_attach(int slotno, const WorkerParams *params)
 		MySlot = &private_slot;
 		occupy_slot(MySlot, params, WORKER_STARTING);
 		ConditionVariableInit(&MySlot->changed);
-		MySlot->launching = true;
+		MySlot->launching = MySlot->may_make = true;
 	}
 	else
 		MySlot = &Slots->slots[slotno];
@@ -725,13 +785,33 @@ slot_attach(int slotno, const WorkerParams *params)
 	{
 		Assert(MySlot->status.pid == 0);
 		MySlot->status.pid = MyProcPid;
-		MySlot->status.state = WORKER_STARTING;
 		MySlot->status.starts++;
 		MySlot->status.worker_start = GetCurrentTimestamp();
 		MySlot->latch = MyLatch;
 	}
 	unlock_slots();
 	return mine;
+}
+
+/* How many processes before this one, in a row, could not connect? */
+int
+slot_connect_failures(void)
+{
+	int			failures;
+
+	lock_slots(LW_SHARED);
+	failures = MySlot->connect_failures;
+	unlock_slots();
+	return failures;
+}
+
+/* DOWN, STARTING -> STARTING: we are about to connect. */
+void
+slot_starting(void)
+{
+	lock_slots(LW_EXCLUSIVE);
+	MySlot->status.state = WORKER_STARTING;
+	unlock_slots();
 }
 
 /* The name of the database that a static worker is to connect to. */
@@ -742,11 +822,12 @@ slot_database(void)
 }
 
 /*
- * Make a static worker's database one of a list.  If it is not in the list, it
- * takes the first one there that no worker of its index serves.
+ * Make the database of a static worker one of a list.  If it is not in the
+ * list, it takes the first one there that no worker of its index serves.  The
+ * caller holds the lock.
  */
-ListResult
-slot_follow_list(const char *setting)
+static ListResult
+follow_list(WorkerSlot *slot, const char *setting)
 {
 	List	   *names;
 	ListCell   *lc;
@@ -756,9 +837,8 @@ slot_follow_list(const char *setting)
 	if (slot_parse_list(setting, &names) != NULL)
 		return LIST_STAY;
 
-	LWLockAcquire(Slots->lock, LW_EXCLUSIVE);
 	foreach(lc, names)
-		if (strcmp(lfirst(lc), slot_database()) == 0)
+		if (strcmp(lfirst(lc), NameStr(slot->status.params.database)) == 0)
 		result = LIST_STAY;
 	foreach(lc, result == LIST_STAY ? NIL : names)
 	{
@@ -769,19 +849,32 @@ slot_follow_list(const char *setting)
 			WorkerStatus *other = &Slots->slots[i].status;
 
 			if (other->params.generation != 0 && other->params.is_static &&
-				other->params.index == MySlot->status.params.index &&
+				other->params.index == slot->status.params.index &&
 				strcmp(NameStr(other->params.database), lfirst(lc)) == 0)
 				served = true;
 		}
 		if (!served)
 		{
-			namestrcpy(&MySlot->status.params.database, lfirst(lc));
+			namestrcpy(&slot->status.params.database, lfirst(lc));
 			result = LIST_MOVE;
 			break;
 		}
 	}
-	LWLockRelease(Slots->lock);
 	list_free_deep(names);
+	return result;
+}
+
+/* The same for ourselves.  Where we move to, what we work on may be made. */
+ListResult
+slot_follow_list(const char *setting)
+{
+	ListResult	result;
+
+	LWLockAcquire(Slots->lock, LW_EXCLUSIVE);
+	result = follow_list(MySlot, setting);
+	if (result == LIST_MOVE)
+		MySlot->may_make = true;
+	LWLockRelease(Slots->lock);
 	return result;
 }
 
@@ -820,6 +913,8 @@ slot_connected(Oid dboid, Oid roleoid)
 		{
 			MySlot->status.dboid = dboid;
 			MySlot->status.roleoid = roleoid;
+			MySlot->connect_failures = 0;
+			Slots->changes++;
 		}
 		LWLockRelease(Slots->lock);
 	}
@@ -857,6 +952,72 @@ slot_keep(void)
 			/* There was no abort; one of us is enough. */
 			LockRelease(&tag, ExclusiveLock, true);
 	}
+}
+
+/*
+ * STARTING -> BACKOFF, if the process before us has ended to start afresh.
+ * Returns how many cycles have failed in a row, and sets *due to when it would
+ * have begun the next one, and *sqlstate to that of the last; 0 otherwise.
+ */
+int
+slot_resume(TimestampTz *due, int *sqlstate)
+{
+	int			failures;
+
+	lock_slots(LW_EXCLUSIVE);
+	failures = MySlot->failures;
+	*due = MySlot->due;
+	*sqlstate = MySlot->status.last_error.sqlstate;
+	MySlot->failures = 0;
+	if (failures > 0)
+		MySlot->status.state = WORKER_BACKOFF;
+	unlock_slots();
+	return failures;
+}
+
+/*
+ * Leave it to the next process to go on after so many failures, when the next
+ * cycle is due.  Returns false if the last one to do so did it less than so
+ * many minutes ago, or if there is no shared memory to do it in.
+ */
+bool
+slot_start_afresh(int failures, TimestampTz due, int minutes)
+{
+	TimestampTz now = GetCurrentTimestamp();
+	bool		granted;
+
+	lock_slots(LW_EXCLUSIVE);
+	granted = Slots &&
+		TimestampDifferenceExceeds(MySlot->afresh, now, minutes * 60 * 1000);
+	if (granted)
+	{
+		MySlot->afresh = now;
+		MySlot->failures = failures;
+		MySlot->due = due;
+	}
+	unlock_slots();
+	return granted;
+}
+
+/* May what we work on be made, if it is missing? */
+bool
+slot_may_make(void)
+{
+	bool		may_make;
+
+	lock_slots(LW_SHARED);
+	may_make = MySlot->may_make;
+	unlock_slots();
+	return may_make;
+}
+
+/* It is there.  Nothing is made after that: whoever drops it, means it. */
+void
+slot_has_made(void)
+{
+	lock_slots(LW_EXCLUSIVE);
+	MySlot->may_make = false;
+	unlock_slots();
 }
 
 /* Does a backend still wait for us to become ready? */
@@ -900,7 +1061,10 @@ slot_begin_cycle(void)
 	unlock_slots();
 
 	rows_in_cycle = 0;
+
+	/* only counters: begin */
 	(void) pg_atomic_exchange_u32(&MySlot->wake, 0);
+	/* only counters: end */
 	return awaited;
 }
 
@@ -917,13 +1081,14 @@ slot_ready(void)
 	unlock_slots();
 }
 
-/* Count what a transaction of the cycle has done. */
+/* Count what a transaction of the cycle has done, and what is left over. */
 void
-slot_progress(int64 rows_done)
+slot_progress(int64 rows_done, int64 rows_left)
 {
 	rows_in_cycle += rows_done;
 	lock_slots(LW_EXCLUSIVE);
 	MySlot->status.rows_done += rows_done;
+	MySlot->status.rows_left = rows_left;
 	unlock_slots();
 }
 
@@ -941,13 +1106,13 @@ note_error(const WorkerError *error)
  *
  *		start		when it began
  *		next		when the next one is due
- *		rows_left	what could not be done for now
  *		failed		why the cycle failed, or NULL
- *		left		why rows were left; its sqlstate is 0 if there are none
+ *		left		if it did not: why something is left over for now; its
+ *					sqlstate is 0 if nothing is
  */
 void
-slot_end_cycle(TimestampTz start, TimestampTz next, int64 rows_left,
-			   const WorkerError *failed, const WorkerError *left)
+slot_end_cycle(TimestampTz start, TimestampTz next, const WorkerError *failed,
+			   const WorkerError *left)
 {
 	WorkerStatus *status = &MySlot->status;
 	TimestampTz now = GetCurrentTimestamp();
@@ -971,7 +1136,6 @@ slot_end_cycle(TimestampTz start, TimestampTz next, int64 rows_left,
 	else
 	{
 		status->done_until = start;
-		status->rows_left = rows_left;
 		if (left->sqlstate != 0)
 			MySlot->answer = status->last_error = *left;
 		else
@@ -1006,12 +1170,16 @@ slot_nap(TimestampTz next)
 	return order;
 }
 
+/* only counters: begin */
+
 /* Has a commit asked for a cycle since the last one began? */
 bool
 slot_woken(void)
 {
 	return pg_atomic_read_u32(&MySlot->wake) != 0;
 }
+
+/* only counters: end */
 
 /*
  * any -> DOWN, (free), STOPPED: leave the slot, in the exit callback.
@@ -1035,6 +1203,8 @@ slot_detach(bool for_good, const WorkerError *error)
 	lock_slots(LW_EXCLUSIVE);
 	if (error->sqlstate != 0)
 		note_error(error);
+	if (error->sqlstate != 0 && !OidIsValid(MySlot->status.dboid))
+		MySlot->connect_failures++;
 	if (MySlot->stop || MySlot->launching)
 		for_good = true;
 
@@ -1048,6 +1218,8 @@ slot_detach(bool for_good, const WorkerError *error)
 	MySlot->status.dboid = MySlot->status.roleoid = InvalidOid;
 	MySlot->status.next_cycle_time = 0;
 	MySlot->latch = NULL;
+	if (Slots)
+		Slots->changes++;
 	if (MySlot->launcher)
 		SetLatch(MySlot->launcher); /* it reads the error, then unreserves */
 	else if (for_good)

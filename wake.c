@@ -27,13 +27,20 @@
  * -------------------------------------------------------------------------
  */
 
-/* Indexes of the workers to wake at commit; lives as long as a transaction. */
-static List *pending_wakes = NIL;
+/* A worker that this backend has woken, or is about to. */
+typedef struct Wake
+{
+	int			index;
+	bool		pending;		/* at the end of this transaction? */
+	SlotHint	hint;
+} Wake;
+
+static List *wakes = NIL;		/* of Wake; for the life of the backend */
 
 PG_FUNCTION_INFO_V1(worker_spi_wake);
 
+static int	index_of_table(Relation rel);
 static void wake_at_commit(XactEvent event, void *arg);
-static int	index_of_table(TriggerData *trigdata);
 
 /* -------------------------------------------------------------------------
  * The trigger
@@ -44,18 +51,22 @@ static int	index_of_table(TriggerData *trigdata);
  * worker_spi_wake() RETURNS trigger
  *
  * For an AFTER INSERT ... FOR EACH STATEMENT trigger on schemaN.counted: have
- * worker N fold soon after the current transaction commits.  Does nothing if
- * there is no such worker then.  What a subtransaction asked for that was then
- * rolled back is forgotten too late to save a cycle that finds nothing.
+ * worker N fold soon after the current transaction commits.  As it is no more
+ * than a hint, it never fails a writer: as any other trigger, on any other
+ * table, or without a worker, it does nothing.  What a subtransaction asked
+ * for that was then rolled back is forgotten too late to save a cycle that
+ * finds nothing.
  *
- * Errors: 39P01 if not called by such a trigger on such a table.
+ * Errors: 39P01 if not called by a trigger.
  */
 Datum
 worker_spi_wake(PG_FUNCTION_ARGS)
 {
 	static bool registered = false;
 	TriggerData *trigdata = (TriggerData *) fcinfo->context;
-	MemoryContext old_context;
+	MemoryContext caller_context;
+	Wake	   *wake = NULL;
+	ListCell   *lc;
 	int			index;
 
 	if (!CALLED_AS_TRIGGER(fcinfo))
@@ -64,48 +75,52 @@ worker_spi_wake(PG_FUNCTION_ARGS)
 				 errmsg("function \"%s\" was not called by trigger manager",
 						"worker_spi_wake")));
 
-	/* As a BEFORE trigger it would return no row, and so throw it away. */
-	if (!TRIGGER_FIRED_AFTER(trigdata->tg_event) ||
-		!TRIGGER_FIRED_BY_INSERT(trigdata->tg_event))
-		ereport(ERROR,
-				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
-				 errmsg("function \"%s\" must be fired AFTER INSERT",
-						"worker_spi_wake")));
+	/* A row trigger that is to fire before returns the row, or loses it. */
+	if (!TRIGGER_FIRED_AFTER(trigdata->tg_event))
+		return PointerGetDatum(TRIGGER_FIRED_BY_UPDATE(trigdata->tg_event) ?
+							   trigdata->tg_newtuple : trigdata->tg_trigtuple);
 
-	index = index_of_table(trigdata);
-	if (!slot_have_memory())
+	index = index_of_table(trigdata->tg_relation);
+	if (!TRIGGER_FIRED_BY_INSERT(trigdata->tg_event) || index < 0 ||
+		!slot_have_memory())
 		return PointerGetDatum(NULL);
 
+	foreach(lc, wakes)
+	{
+		if (((Wake *) lfirst(lc))->index == index)
+			wake = lfirst(lc);
+	}
+	if (wake == NULL)
+	{
+		caller_context = MemoryContextSwitchTo(TopMemoryContext);
+		wake = palloc0(sizeof(Wake));
+		wake->index = index;
+		wakes = lappend(wakes, wake);
+		MemoryContextSwitchTo(caller_context);
+	}
 	if (!registered)
 	{
 		RegisterXactCallback(wake_at_commit, NULL);
 		registered = true;
 	}
-	old_context = MemoryContextSwitchTo(TopTransactionContext);
-	pending_wakes = list_append_unique_int(pending_wakes, index);
-	MemoryContextSwitchTo(old_context);
+	wake->pending = true;
 	return PointerGetDatum(NULL);
 }
 
-/* N, if the trigger's table is schemaN.counted; else an error. */
+/* N, if a table is schemaN.counted; else -1. */
 static int
-index_of_table(TriggerData *trigdata)
+index_of_table(Relation rel)
 {
-	Relation	rel = trigdata->tg_relation;
 	char	   *schema = get_namespace_name(RelationGetNamespace(rel));
 	char		expected[NAMEDATALEN];
 	int			index;
 
-	index = schema && strncmp(schema, "schema", 6) == 0 ? atoi(schema + 6) : -1;
-	snprintf(expected, sizeof(expected), "schema%d", index);
-	if (index < 0 || strcmp(schema, expected) != 0 ||
+	if (schema == NULL || strncmp(schema, "schema", 6) != 0 ||
 		strcmp(RelationGetRelationName(rel), "counted") != 0)
-		ereport(ERROR,
-				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
-				 errmsg("trigger \"%s\" is on a table that no worker folds",
-						trigdata->tg_trigger->tgname),
-				 errhint("A worker with index N folds the table \"schemaN.counted\".")));
-	return index;
+		return -1;
+	index = atoi(schema + 6);
+	snprintf(expected, sizeof(expected), "schema%d", index);
+	return strcmp(schema, expected) == 0 ? index : -1;
 }
 
 /*
@@ -118,10 +133,15 @@ wake_at_commit(XactEvent event, void *arg)
 {
 	ListCell   *lc;
 
-	if (event == XACT_EVENT_COMMIT)
-		foreach(lc, pending_wakes)
-			slot_wake(lfirst_int(lc), MyDatabaseId);
-	if (event == XACT_EVENT_COMMIT || event == XACT_EVENT_ABORT ||
-		event == XACT_EVENT_PREPARE)
-		pending_wakes = NIL;	/* its memory ends with the transaction */
+	if (event != XACT_EVENT_COMMIT && event != XACT_EVENT_ABORT &&
+		event != XACT_EVENT_PREPARE)
+		return;
+	foreach(lc, wakes)
+	{
+		Wake	   *wake = lfirst(lc);
+
+		if (wake->pending && event == XACT_EVENT_COMMIT)
+			slot_wake(wake->index, MyDatabaseId, &wake->hint);
+		wake->pending = false;
+	}
 }

@@ -4,7 +4,8 @@
  *		The life of a background worker process, from start to exit.
  *
  * This file is what every background worker needs; what this one is for, its
- * job, stands in fold.c.  In the order of a life:
+ * job, is behind the four functions of the contract in worker_spi.h.  A worker
+ * of one's own brings another job and keeps this file.  In the order of a life:
  *
  *		start		signals, a slot in shared memory, the exit callback
  *		connect		once, to one database, as one role; pin the settings
@@ -12,10 +13,6 @@
  *		cycle		a series of short transactions, each a share of the job
  *		recover		what raises, wherever in the loop, leads back to the loop
  *		exit		with code 1, "start me again", or 0, "forget about me"
- *
- * The job is three functions.  fold_init() is told who we are, fold_some()
- * does a share of the work inside a transaction, and fold_ended() learns how
- * it went.  A worker of one's own replaces fold.c and keeps this file.
  *
  * Copyright (c) 2026, worker_spi contributors
  *
@@ -29,7 +26,6 @@
 #include "catalog/pg_database.h"
 #include "common/pg_prng.h"
 #include "executor/spi.h"
-#include "mb/pg_wchar.h"
 #include "miscadmin.h"
 #include "pgstat.h"
 #include "postmaster/interrupt.h"
@@ -56,13 +52,18 @@
  */
 
 /* How often we look for a command that wants the database, and how long. */
-#define DATABASE_PROBE_MS	400
-#define DATABASE_WAIT_MS	25
-#define DATABASE_WAITS		8
+#define DATABASE_PROBE_MS	1000
+#define DATABASE_WAIT_MS	200
 
 #define MIN_BACKOFF_MS		1000
 #define MAX_BACKOFF_MS		60000
 #define ERROR_PAUSE_US		100000L /* after any error, lest we spin */
+#define MAX_CONNECT_MS		60000	/* from one try to connect to the next */
+
+/* When a process ends to start afresh: see fail_cycle(). */
+#define AFRESH_FAILURES		7
+#define AFRESH_MINUTES		10
+#define AFRESH_RESTART_S	60
 
 #define MAX_LOGGED_ERRORS	16
 
@@ -70,15 +71,16 @@
 typedef struct CycleState
 {
 	bool		running;		/* begun, and neither over nor failed? */
+	bool		asked;			/* does somebody wait for it? */
 	TimestampTz start;			/* when it began */
 	TimestampTz end;			/* when it went through or failed */
+	int			again_ms;		/* from its end to the next at most; or 0 */
 	int			failures;		/* cycles that failed in a row */
-	int			delay_ms;		/* after a failure: from its end to the next */
-	int			left_tries;		/* cycles in a row that could not do it all */
-	bool		once_more;		/* was that so until the last one? */
-	int			left_delay_ms;	/* from the end of that to the next try */
-	TimestampTz left_due;		/* when to try again what was left over */
-	JobProgress progress;		/* of the last transaction */
+	int			failed_sqlstate;	/* of the last of them */
+	int			delay_ms;		/* from its end to the next */
+	/* only counters: begin */
+	TimestampTz sooner;			/* when a commit wants the next; DT_NOEND */
+	/* only counters: end */
 } CycleState;
 
 /* -------------------------------------------------------------------------
@@ -93,6 +95,7 @@ static char *connected_list;	/* the same */
 static bool connected = false;	/* are we past what can only fail for good? */
 static bool ready = false;		/* has a transaction of the job gone through? */
 static CycleState cycle = {.end = DT_NOBEGIN};
+static bool in_share = false;	/* in a transaction of the job? */
 static MemoryContext cycle_context;
 static TimestampTz next_probe = 0;	/* when to look for DROP DATABASE */
 static uint32 nap_wait_event;
@@ -106,17 +109,19 @@ static WorkerError fatal_error;
 static emit_log_hook_type prev_emit_log_hook = NULL;
 
 static void start_process(int slotno);
+static void wait_to_connect(void);
 static void connect_to_database(void);
 static void pin_settings(void);
 static void recover(void);
 static void nap(void);
 static void run_cycle(void);
-static void end_cycle(const WorkerError *error);
-static TimestampTz next_cycle(TimestampTz now, TimestampTz wake_time);
+static void end_cycle(const JobProgress *progress);
+static void fail_cycle(const WorkerError *error);
+static TimestampTz next_cycle(TimestampTz now);
 static void release_session_locks(void);
+static void report_statistics(void);
 static void exit_callback(int code, Datum arg);
 static void remember_fatal_error(ErrorData *edata);
-static void copy_error(WorkerError *error, const ErrorData *edata);
 static bool database_is_free(void);
 static void leave_if_database_is_wanted(void);
 static void reload_settings(void);
@@ -138,8 +143,9 @@ worker_spi_main(Datum main_arg)
 	sigjmp_buf	boundary;
 
 	start_process(DatumGetInt32(main_arg));
+	wait_to_connect();
 	connect_to_database();
-	job_name = fold_init(params.index);
+	job_name = job_init(params.index);
 
 	/*
 	 * The boundary.  The server's own one around us ends the process; from
@@ -202,13 +208,52 @@ start_process(int slotno)
 
 	/*
 	 * A cancel ends a transaction of the job, and only while one is under
-	 * way: run_transaction() lets it in there.  Everywhere else it would be
-	 * an error without anything that it could end; while we connect, it would
+	 * way: run_share() lets it in there.  Everywhere else it would be an
+	 * error without anything that it could end; while we connect, it would
 	 * end the process.  A termination is not held.
 	 */
 	HOLD_CANCEL_INTERRUPTS();
 	BackgroundWorkerUnblockSignals();
 	injection_point("worker-spi-attached");
+}
+
+/*
+ * If the processes before us could not connect, wait before we try: the server
+ * starts the next one after its restart interval, and each leaves two lines in
+ * the log.  The time from one try to the next doubles, up to a minute.  A
+ * reload may have changed the cause, so it ends the wait.
+ */
+static void
+wait_to_connect(void)
+{
+	int64		interval = worker_spi_restart_interval * INT64CONST(1000);
+	int			failures = slot_connect_failures();
+	TimestampTz due = GetCurrentTimestamp();
+
+	if (failures > 0)
+		due = TimestampTzPlusMilliseconds(due,
+										  Max(Min(interval << Min(failures - 1, 6), MAX_CONNECT_MS) - interval, 0));
+	for (;;)
+	{
+		long		timeout = TimestampDifferenceMilliseconds(GetCurrentTimestamp(), due);
+
+		if (slot_is_stopping())
+			proc_exit(0);
+		if (ConfigReloadPending)
+		{
+			ConfigReloadPending = false;
+			ProcessConfigFile(PGC_SIGHUP);
+			break;
+		}
+		if (timeout <= 0)
+			break;
+		(void) WaitLatch(MyLatch,
+						 WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
+						 Min(timeout, MAX_CONNECT_MS), PG_WAIT_EXTENSION);
+		ResetLatch(MyLatch);
+		CHECK_FOR_INTERRUPTS();
+	}
+	slot_starting();
 }
 
 /*
@@ -221,6 +266,8 @@ start_process(int slotno)
 static void
 connect_to_database(void)
 {
+	TimestampTz due;
+
 	if (params.is_static)
 	{
 		/* It may have changed while there was no process to see it change. */
@@ -267,14 +314,28 @@ connect_to_database(void)
 					PGC_SUSET, PGC_S_OVERRIDE);
 	SetConfigOption("role", "none", PGC_SUSET, PGC_S_OVERRIDE);
 
+	/* A static one that comes back may find a dynamic one in its place. */
 	if (!slot_connected(MyDatabaseId, GetUserId()))
-		ereport(FATAL,
+	{
+		bool		waits = params.is_static && !slot_has_launcher();
+
+		ereport(waits ? LOG : FATAL,
 				(errcode(ERRCODE_DUPLICATE_OBJECT),
 				 errmsg("a worker with index %d already runs in this database",
 						params.index)));
+		proc_exit(0);
+	}
 	CommitTransactionCommand();
 	pin_settings();
 	connected = true;
+
+	/* One that starts afresh waits as long as the process before would have. */
+	cycle.failures = slot_resume(&due, &cycle.failed_sqlstate);
+	if (cycle.failures > 0)
+	{
+		cycle.end = GetCurrentTimestamp();
+		cycle.delay_ms = TimestampDifferenceMilliseconds(cycle.end, due);
+	}
 }
 
 /*
@@ -289,16 +350,14 @@ pin_settings(void)
 		{"search_path", "pg_catalog, pg_temp"},
 		/* a row that a policy hides would be lost: fail instead */
 		{"row_security", "off"},
-		/* all statements of a transaction see the same rows */
-		{"default_transaction_isolation", "repeatable read"},
-		/* neither begins a transaction with what it may not do */
+		/* a transaction does not wait for one that it could be confused by */
 		{"default_transaction_deferrable", "off"},
-		/* after a crash a transaction was made or not; the job copes */
-		{"synchronous_commit", "off"},
+		/* any other switches off triggers and foreign keys */
+		{"session_replication_role", "origin"},
 		/* no wait without end; give up before others find a deadlock */
 		{"lock_timeout", "800ms"},
-		{"deadlock_timeout", "10ms"},
-		/* with that, each wait of 10 ms would be logged */
+		{"deadlock_timeout", "1ms"},
+		/* with that, each wait would be logged */
 		{"log_lock_waits", "off"},
 		/* each of these would end the process where an error would do */
 		{"exit_on_error", "off"},
@@ -308,8 +367,7 @@ pin_settings(void)
 		/* no worker processes, and no compiler, for short statements */
 		{"jit", "off"},
 		{"max_parallel_workers_per_gather", "0"},
-		/* odd costs and sizes make plans that fail, or want all memory */
-		{"plan_cache_mode", "auto"},
+		/* odd costs and sizes make odd plans, or ones that want all memory */
 		{"geqo", "off"},
 		{"hash_mem_multiplier", "2"},
 		{"seq_page_cost", "1"},
@@ -384,7 +442,7 @@ recover(void)
 {
 	ErrorData  *edata;
 	WorkerError error;
-	bool		in_cycle = cycle.running;
+	bool		was_in_share = in_share;
 
 	/* Neither PG_TRY nor an abort does this for us. */
 	error_context_stack = NULL;
@@ -406,20 +464,21 @@ recover(void)
 	MemoryContextSwitchTo(cycle_context);
 	release_session_locks();
 
-	/* An error in what follows is none of the cycle's. */
-	cycle.running = false;
+	/* An error in what follows is none of the share's. */
+	in_share = false;
+
+	/*
+	 * Whoever told us to stop has caused it, and waits for our exit.  To ask
+	 * the job would be to let it take that for an error of its own.
+	 */
+	if (slot_is_stopping())
+		proc_exit(0);
 
 	/* The job may know how to go on.  Then it is no error of the cycle. */
-	if (in_cycle && fold_ended(&error))
-	{
+	if (was_in_share && job_failed(&error))
 		FlushErrorState();
-		cycle.running = true;
-	}
 	else
 	{
-		/* Whoever told us to stop has caused it, and waits for our exit. */
-		if (slot_is_stopping())
-			proc_exit(0);
 		if (is_news(&error))
 			EmitErrorReport();
 		FlushErrorState();
@@ -432,8 +491,9 @@ recover(void)
 		}
 		fatal_error.sqlstate = 0;	/* this one we survive */
 
-		if (in_cycle)
-			end_cycle(&error);
+		/* Between two shares, or in the nap, no cycle fails. */
+		if (was_in_share)
+			fail_cycle(&error);
 		else
 			slot_note_error(&error);
 
@@ -455,7 +515,7 @@ recover(void)
 
 /* Says in every error which worker it came from, and what it worked on. */
 static void
-transaction_error_context(void *arg)
+share_error_context(void *arg)
 {
 	errcontext("%s on table \"%s\"", MyBgworkerEntry->bgw_name, job_name);
 }
@@ -473,9 +533,9 @@ backoff_ms(int failures)
 }
 
 /*
- * Code that runs in a transaction of the job may take advisory locks that
- * outlast it.  Kept until the end of the cycle, those of a long one would fill
- * the lock table, and nobody else could get a lock.
+ * Code that runs in a share may take advisory locks that outlast it.  Kept
+ * until the end of the cycle, those of a long one would fill the lock table,
+ * and nobody else could get a lock.
  */
 static void
 release_session_locks(void)
@@ -483,42 +543,28 @@ release_session_locks(void)
 	LockReleaseSession(USER_LOCKMETHOD);
 }
 
-/* Begin a cycle: all that is committed by now, it will see. */
-static void
-begin_cycle(void)
-{
-	bool		awaited;
-
-	cycle.start = GetCurrentTimestamp();
-	awaited = slot_begin_cycle();
-	memset(&cycle.progress, 0, sizeof(cycle.progress));
-	cycle.progress.retry = awaited || cycle.start >= cycle.left_due;
-	cycle.running = true;
-}
-
 /*
  * Run a share of the job in a transaction of its own.  Returns whether there
  * is more to do.
  */
 static bool
-run_transaction(void)
+run_share(JobProgress *progress)
 {
 	bool		more;
 	ErrorContextCallback errcallback = {
 		.previous = error_context_stack,
-		.callback = transaction_error_context
+		.callback = share_error_context
 	};
 
 	MemoryContextReset(cycle_context);
+	memset(progress, 0, sizeof(*progress));
+	progress->may_make = slot_may_make();
+	progress->asked = cycle.asked;
 	error_context_stack = &errcallback;
 
 	/* now() and pg_stat_activity take the time from here. */
 	SetCurrentStatementStartTimestamp();
 	StartTransactionCommand();
-
-	/* A cancel that came between two transactions was not meant for this. */
-	QueryCancelPending = false;
-	RESUME_CANCEL_INTERRUPTS();
 
 	/* Without our role we are as good as not connected. */
 	connected = SearchSysCacheExists1(AUTHOID, ObjectIdGetDatum(GetUserId()));
@@ -527,44 +573,80 @@ run_transaction(void)
 				(errcode(ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION),
 				 errmsg("role with OID %u was dropped", GetUserId())));
 
+	/* A cancel that came between two shares was not meant for this one. */
+	QueryCancelPending = false;
+	RESUME_CANCEL_INTERRUPTS();
+	in_share = true;
+
 	if (SPI_connect() != SPI_OK_CONNECT)
 		elog(ERROR, "SPI_connect failed");
-	more = fold_some(&cycle.progress);
-	SPI_finish();
+	more = job_step(progress);
+	if (progress->undo)
+		AbortCurrentTransaction();
+	else
+	{
+		SPI_finish();
+		CommitTransactionCommand();
+	}
 
-	CommitTransactionCommand();
+	/* From here on nothing that is raised has anything to do with the share. */
+	in_share = false;
 	HOLD_CANCEL_INTERRUPTS();
 	MemoryContextSwitchTo(cycle_context);
 	error_context_stack = errcallback.previous;
-	release_session_locks();
-
-	slot_progress(cycle.progress.rows_done);
-	if (!ready)
+	if (!progress->undo)
 	{
-		injection_point("worker-spi-not-yet-ready");
-
-		/* Before the log line, which can be interrupted: somebody waits. */
-		ready = true;
-		slot_ready();
-		ereport(LOG,
-				(errmsg("%s initialized with %s",
-						MyBgworkerEntry->bgw_name, job_name)));
+		job_committed();
+		slot_progress(progress->rows_done, progress->rows_left);
 	}
-	return more;
+	release_session_locks();
+	return more || progress->undo;
+}
+
+/*
+ * What the job works on is there: whoever launched us can go on, and an error
+ * no longer ends us.
+ */
+static void
+become_ready(void)
+{
+	slot_has_made();
+	if (ready)
+		return;
+	injection_point("worker-spi-not-yet-ready");
+
+	/* Before the log line, which can be interrupted: somebody waits. */
+	ready = true;
+	slot_ready();
+	ereport(LOG,
+			(errmsg("%s initialized with %s",
+					MyBgworkerEntry->bgw_name, job_name)));
 }
 
 /*
  * A series of short transactions, whatever there is to do.  Between two of
- * them nothing of ours is in anybody's way, and everything that a nap obeys is
- * obeyed too: a long cycle must not go on without a postmaster, or with
- * settings of long ago.
+ * them, also if the first has failed and another is to follow, nothing of ours
+ * is in anybody's way, and everything that a nap obeys is obeyed too: a long
+ * cycle must not go on without a postmaster, or with settings of long ago.
  */
 static void
 run_cycle(void)
 {
+	JobProgress progress = {0};
+	bool		more = true;
+
 	if (!cycle.running)
-		begin_cycle();
-	while (run_transaction())
+	{
+		/* All that is committed by now, the cycle will see. */
+		cycle.start = GetCurrentTimestamp();
+		cycle.asked = slot_begin_cycle();
+		cycle.running = true;
+
+		/* only counters: begin */
+		cycle.sooner = DT_NOEND;
+		/* only counters: end */
+	}
+	while (more)
 	{
 		CHECK_FOR_INTERRUPTS();
 		if (!PostmasterIsAlive())
@@ -573,53 +655,73 @@ run_cycle(void)
 			proc_exit(0);
 		reload_settings();
 		leave_if_database_is_wanted();
+
+		more = run_share(&progress);
+		if (progress.tables_ready && !progress.undo)
+			become_ready();
 	}
-	(void) fold_ended(NULL);
-	end_cycle(NULL);
+	end_cycle(&progress);
 }
 
-/*
- * The cycle went through, or failed with this error.  Say so, and when the
- * next is due.
- */
+/* The cycle went through.  Say so, and when the next is due. */
 static void
-end_cycle(const WorkerError *error)
+end_cycle(const JobProgress *progress)
 {
 	cycle.running = false;
 	cycle.end = GetCurrentTimestamp();
-
-	if (error)
-		cycle.delay_ms = backoff_ms(cycle.failures++);
-	else
+	cycle.again_ms = progress->again_ms;
+	cycle.failures = 0;
+	slot_end_cycle(cycle.start, next_cycle(cycle.end), NULL,
+				   &progress->pending_error);
+	if (num_logged_errors > 0)
 	{
-		if (num_logged_errors > 0)
-			ereport(LOG,
-					(errmsg("%s has recovered, and works on %s again",
-							MyBgworkerEntry->bgw_name, job_name)));
 		num_logged_errors = 0;
-		cycle.failures = 0;
-
-		/*
-		 * Whoever has mended what was left over may have put it where this
-		 * cycle no longer looked: look once more.
-		 */
-		cycle.once_more = cycle.progress.rows_left == 0 && cycle.left_tries > 0;
-		if (cycle.progress.rows_left == 0)
-			cycle.left_tries = 0;
-		if (cycle.once_more ||
-			(cycle.progress.rows_left > 0 && cycle.progress.retry))
-		{
-			cycle.left_delay_ms =
-				backoff_ms(cycle.once_more ? 0 : cycle.left_tries++);
-			cycle.left_due = TimestampTzPlusMilliseconds(cycle.end,
-														 cycle.left_delay_ms);
-		}
+		ereport(LOG,
+				(errmsg("%s has recovered, and works on %s again",
+						MyBgworkerEntry->bgw_name, job_name)));
 	}
-	slot_end_cycle(cycle.start, next_cycle(cycle.end, DT_NOEND),
-				   cycle.progress.rows_left, error,
-				   &cycle.progress.left_error);
+	report_statistics();
+}
 
-	/* Without this, autovacuum would not see what the cycle has written. */
+/*
+ * The cycle has failed.  Say so, and when the next is due.
+ *
+ * What a session takes over only when it starts must not outlive its cause: a
+ * read-only default of the database, say, that was reset since.  So after some
+ * failures in a row, and then now and then, another process takes our place.
+ * Class 42 is the exception, where the user has something to mend; but a
+ * privilege may be one of those that a role has since it connected.
+ */
+static void
+fail_cycle(const WorkerError *error)
+{
+	TimestampTz next;
+
+	cycle.running = false;
+	cycle.end = GetCurrentTimestamp();
+	cycle.failed_sqlstate = error->sqlstate;
+	cycle.delay_ms = backoff_ms(cycle.failures++);
+	next = next_cycle(cycle.end);
+	slot_end_cycle(cycle.start, next, error, NULL);
+	report_statistics();
+
+	if (cycle.failures >= AFRESH_FAILURES &&
+		worker_spi_restart_interval <= AFRESH_RESTART_S &&
+		(ERRCODE_TO_CATEGORY(error->sqlstate) != ERRCODE_SYNTAX_ERROR_OR_ACCESS_RULE_VIOLATION ||
+		 error->sqlstate == ERRCODE_INSUFFICIENT_PRIVILEGE) &&
+		slot_start_afresh(cycle.failures, next, AFRESH_MINUTES))
+	{
+		ereport(LOG,
+				(errmsg("%s starts afresh after %d failures",
+						MyBgworkerEntry->bgw_name, cycle.failures)));
+		proc_exit(1);
+	}
+}
+
+/* Without this, autovacuum would not see what the cycle has written. */
+static void
+report_statistics(void)
+{
 	pgstat_report_activity(STATE_IDLE, NULL);
 	pgstat_report_stat(true);
 }
@@ -633,29 +735,30 @@ end_cycle(const WorkerError *error)
  * When the next cycle is due.  Computed anew each time: a reload may have
  * changed the naptime, and the clock may have been set back, which must not
  * make the nap longer.
- *
- *		wake_time	when a commit wants it to be
  */
 static TimestampTz
-next_cycle(TimestampTz now, TimestampTz wake_time)
+next_cycle(TimestampTz now)
 {
+	int64		naptime = worker_spi_naptime * INT64CONST(1000);
 	TimestampTz next;
 
 	if (cycle.end == DT_NOBEGIN)
 		return now;				/* the first one */
 	cycle.end = Min(cycle.end, now);
 	if (cycle.failures > 0)
-		return TimestampTzPlusMilliseconds(cycle.end, cycle.delay_ms);
+		next = TimestampTzPlusMilliseconds(cycle.end, cycle.delay_ms);
+	else
+		next = TimestampTzPlusMilliseconds(cycle.end,
+										   cycle.again_ms > 0 ?
+										   Min(cycle.again_ms, naptime) : naptime);
 
-	next = TimestampTzPlusMilliseconds(cycle.end,
-									   (int64) worker_spi_naptime * 1000);
-	if (cycle.left_tries > 0 || cycle.once_more)
-	{
-		cycle.left_due = Min(cycle.left_due,
-							 TimestampTzPlusMilliseconds(now, cycle.left_delay_ms));
-		next = Min(next, cycle.left_due);
-	}
-	return Min(next, wake_time);
+	/* only counters: begin */
+
+	/* A lock that was in the way may be gone by then; other causes are not. */
+	if (cycle.failures == 0 || cycle.failed_sqlstate == ERRCODE_LOCK_NOT_AVAILABLE)
+		next = Min(next, cycle.sooner);
+	/* only counters: end */
+	return next;
 }
 
 /*
@@ -667,8 +770,6 @@ next_cycle(TimestampTz now, TimestampTz wake_time)
 static void
 nap(void)
 {
-	TimestampTz wake_time = DT_NOEND;
-
 	for (;;)
 	{
 		TimestampTz now;
@@ -682,15 +783,19 @@ nap(void)
 		 */
 		reload_settings();
 
+		now = GetCurrentTimestamp();
+
+		/* only counters: begin */
+
 		/*
 		 * A commit's delay counts from when we first see its request, but a
 		 * clock that is set back must not make it longer.
 		 */
-		now = GetCurrentTimestamp();
 		if (slot_woken())
-			wake_time = Min(wake_time,
-							TimestampTzPlusMilliseconds(now, worker_spi_wake_delay));
-		next = next_cycle(now, wake_time);
+			cycle.sooner = Min(cycle.sooner,
+							   TimestampTzPlusMilliseconds(now, worker_spi_wake_delay));
+		/* only counters: end */
+		next = next_cycle(now);
 
 		order = slot_nap(next);
 		if (order == NAP_STOP)
@@ -765,21 +870,16 @@ reload_settings(void)
  * -------------------------------------------------------------------------
  */
 
-/* Keep those of these transactions that are also among those. */
-static void
-keep_common(VirtualTransactionId *these, const VirtualTransactionId *those)
+/* Is one of these transactions also among those? */
+static bool
+have_common(const VirtualTransactionId *these, const VirtualTransactionId *those)
 {
-	VirtualTransactionId *kept = these;
-
 	for (; VirtualTransactionIdIsValid(*these); these++)
 		for (const VirtualTransactionId *t = those;
 			 VirtualTransactionIdIsValid(*t); t++)
 			if (VirtualTransactionIdEquals(*these, *t))
-			{
-				*kept++ = *t;
-				break;
-			}
-	SetInvalidVirtualTransactionId(*kept);
+				return true;
+	return false;
 }
 
 /*
@@ -809,7 +909,7 @@ wait_for_turn(const LOCKTAG *tag)
 		in_turn = geterrcode() == ERRCODE_QUERY_CANCELED;
 		if (!in_turn && geterrcode() != ERRCODE_LOCK_NOT_AVAILABLE)
 			PG_RE_THROW();
-		LockErrorCleanup();		/* out of the queue, to join it again */
+		LockErrorCleanup();		/* out of the queue */
 		MemoryContextSwitchTo(caller_context);
 		FlushErrorState();
 	}
@@ -843,16 +943,13 @@ database_is_free(void)
  * again and again.  So we queue up for the lock that a new connection takes:
  * if its holder lets go of it, it is our turn before it is the holder's again.
  * If our turn does not come, and a transaction that held the lock when we
- * queued up holds it now, it has most likely held it all the time.  It may
- * also have come back while we were about to queue up, and have overtaken us,
- * all the more on a busy machine.  But it will not do that several times in a
- * row.
+ * queued up holds it still, that one is a command that wants the database.
  */
 static bool
 database_is_wanted(void)
 {
 	LOCKTAG		tag;
-	VirtualTransactionId *holders;
+	const VirtualTransactionId *holders;
 	bool		wanted;
 
 	if (database_is_free())
@@ -864,17 +961,8 @@ database_is_wanted(void)
 
 	/* The lists live in the transaction: a nap may meet many such moments. */
 	holders = GetLockConflicts(&tag, RowExclusiveLock, NULL);
-	for (int i = 0; i < DATABASE_WAITS; i++)
-	{
-		if (!VirtualTransactionIdIsValid(*holders))
-			break;
-		if (wait_for_turn(&tag))
-			SetInvalidVirtualTransactionId(*holders);
-		else
-			keep_common(holders,
-						GetLockConflicts(&tag, RowExclusiveLock, NULL));
-	}
-	wanted = VirtualTransactionIdIsValid(*holders);
+	wanted = !wait_for_turn(&tag) &&
+		have_common(holders, GetLockConflicts(&tag, RowExclusiveLock, NULL));
 	AbortCurrentTransaction();
 	MemoryContextSwitchTo(cycle_context);
 	slot_keep();
@@ -953,27 +1041,6 @@ exit_callback(int code, Datum arg)
 	/* A callback may exit again; the callbacks that are left still run. */
 	if (for_good && code != 0)
 		proc_exit(0);
-}
-
-/* Copy as much as there is room for, cut between characters; NULL is "". */
-static void
-copy_text(char *target, const char *source)
-{
-	int			len = source ? strlen(source) : 0;
-
-	len = pg_mbcliplen(source, len, ERROR_TEXT_SIZE - 1);
-	memcpy(target, source ? source : "", len);
-	target[len] = '\0';
-}
-
-/* Keep of an error what other processes may want to know. */
-static void
-copy_error(WorkerError *error, const ErrorData *edata)
-{
-	error->sqlstate = edata->sqlerrcode;
-	copy_text(error->message, edata->message);
-	copy_text(error->detail, edata->detail);
-	copy_text(error->hint, edata->hint);
 }
 
 /* Hook of the server log: keep the error that ends this process. */

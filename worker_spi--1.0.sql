@@ -22,7 +22,7 @@ CREATE FUNCTION worker_spi_fold(
     dboid pg_catalog.oid DEFAULT 0,
     wait pg_catalog.bool DEFAULT true)
 RETURNS pg_catalog.bool
-AS 'MODULE_PATHNAME'
+AS 'MODULE_PATHNAME', 'worker_spi_run'
 LANGUAGE C STRICT VOLATILE PARALLEL UNSAFE;
 
 COMMENT ON FUNCTION worker_spi_fold(pg_catalog.int4, pg_catalog.oid,
@@ -80,7 +80,10 @@ IS 'rows of the view worker_spi_workers, with OIDs instead of names';
 CREATE VIEW worker_spi_workers AS
     SELECT w.index, w.kind,
            COALESCE(d.datname, CAST(w.listed_name AS pg_catalog.name)) AS datname,
-           r.rolname, w.pid, w.state, w.worker_start, w.folded_until,
+           r.rolname, w.pid,
+           CASE WHEN w.state OPERATOR(pg_catalog.=) 'busy' THEN 'folding'
+                ELSE w.state END AS state,
+           w.worker_start, w.folded_until,
            w.stuck_rows, w.fold_count, w.folded_rows, w.last_fold_time,
            w.last_fold_ms, w.failed_count, w.last_failed_time, w.last_error,
            w.last_sqlstate, w.next_fold_time, w.restart_count
@@ -103,13 +106,13 @@ IS 'role that the worker acts for';
 COMMENT ON COLUMN worker_spi_workers.pid
 IS 'process id; null if there is no process';
 COMMENT ON COLUMN worker_spi_workers.state
-IS 'starting, idle, folding, backoff, down (the server will start it) or stopped';
+IS 'starting, idle, folding, backoff, down (the server will start it), stopped, or missing (the server has not registered it)';
 COMMENT ON COLUMN worker_spi_workers.worker_start
 IS 'start of the current or last process';
 COMMENT ON COLUMN worker_spi_workers.folded_until
 IS 'every delta visible by then is in a total, or stuck';
 COMMENT ON COLUMN worker_spi_workers.stuck_rows
-IS 'deltas that cannot be folded; a lower bound if there are very many';
+IS 'rows of the table stuck; each may stand for many deltas';
 COMMENT ON COLUMN worker_spi_workers.fold_count
 IS 'cycles that folded something';
 COMMENT ON COLUMN worker_spi_workers.folded_rows

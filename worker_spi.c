@@ -6,9 +6,9 @@
  *
  * An UPDATE of one hot row by many clients queues up on the row's lock;
  * INSERTs do not.  So clients insert deltas into schemaN.counted, and a
- * background worker, number N, adds them to the one row ('total', m) every now
- * and then, deleting them in the same transaction.  At every instant, for
- * every snapshot, sum(value) over the table is the true count.
+ * background worker, number N, adds them to the totals in a child of that
+ * table every now and then, deleting them in the same transaction.  At every
+ * instant, for every snapshot, sum(value) over the table is the true count.
  *
  * Processes
  *		postmaster		loads the library, registers the static workers, starts
@@ -80,8 +80,8 @@ typedef struct Launch
 #define COMMIT_HINT \
 	"If this transaction has changed the worker's table, schema or database, commit it first."
 
-/* How often somebody who waits for a fold looks for the same. */
-#define FOLD_POLL_MS		1000
+/* How often somebody who waits for a cycle looks for the same. */
+#define RUN_POLL_MS			1000
 
 /* -------------------------------------------------------------------------
  * State
@@ -90,7 +90,7 @@ typedef struct Launch
 
 /* Names of the states, for the view; in the order of WorkerState. */
 static const char *const state_names[] = {
-	"starting", "idle", "folding", "backoff", "down", "stopped"
+	"starting", "idle", "busy", "backoff", "down", "stopped"
 };
 
 /* Settings. */
@@ -99,15 +99,19 @@ static int	worker_spi_total_workers = 2;
 char	   *worker_spi_database = NULL;
 char	   *worker_spi_role = NULL;
 int			worker_spi_restart_interval = 5;
+
+/* only counters: begin */
 bool		worker_spi_log_folds = true;
 int			worker_spi_wake_delay = 50;
 bool		worker_spi_notify = false;
+
+/* only counters: end */
 
 /* In the postmaster: how many databases have static workers. */
 static int	num_databases = 0;
 
 PG_FUNCTION_INFO_V1(worker_spi_launch);
-PG_FUNCTION_INFO_V1(worker_spi_fold);
+PG_FUNCTION_INFO_V1(worker_spi_run);
 PG_FUNCTION_INFO_V1(worker_spi_stop);
 PG_FUNCTION_INFO_V1(worker_spi_get_workers);
 
@@ -180,7 +184,7 @@ assign_database(const char *newval, void *extra)
 		return;
 	(void) slot_parse_list(newval, &names);
 	if (list_length(names) > num_databases)
-		ereport(LOG,
+		ereport(WARNING,
 				(errmsg("parameter \"worker_spi.database\" names %d databases, but the server was started with static workers for %d; the rest takes effect at the next server start",
 						list_length(names), num_databases)));
 	list_free_deep(names);
@@ -229,6 +233,7 @@ define_settings(void)
 							   0,
 							   check_role, NULL, NULL);
 
+	/* only counters: begin */
 	DefineCustomBoolVariable("worker_spi.log_folds",
 							 "Sets whether each cycle that folded something is logged.",
 							 NULL,
@@ -257,6 +262,7 @@ define_settings(void)
 							 PGC_SIGHUP,
 							 0,
 							 NULL, NULL, NULL);
+	/* only counters: end */
 }
 
 /*
@@ -314,7 +320,7 @@ register_static_workers(void)
 	registered_foreach(iter)
 		room--;
 	if (wanted > room && !IsUnderPostmaster)
-		ereport(LOG,
+		ereport(WARNING,
 				(errmsg("worker_spi starts only %d of %d static workers: \"max_worker_processes\" is %d and must be at least %d",
 						Max(room, 0), wanted, max_worker_processes,
 						max_worker_processes - room + wanted)));
@@ -455,16 +461,22 @@ resolve_database(Oid dboid)
 	return dboid;
 }
 
-/* The role of a worker, or that which it would have if it were connected. */
+/* The role that a worker has when it is connected. */
+static Oid
+params_role(const WorkerParams *params)
+{
+	if (!params->is_static)
+		return params->roleoid;
+	return worker_spi_role[0] != '\0' ?
+		get_role_oid(worker_spi_role, true) : BOOTSTRAP_SUPERUSERID;
+}
+
+/* The role that it has now, or that. */
 static Oid
 worker_role(const WorkerStatus *status)
 {
-	if (OidIsValid(status->roleoid))
-		return status->roleoid;
-	if (!status->params.is_static)
-		return status->params.roleoid;
-	return worker_spi_role[0] != '\0' ?
-		get_role_oid(worker_spi_role, true) : BOOTSTRAP_SUPERUSERID;
+	return OidIsValid(status->roleoid) ? status->roleoid :
+		params_role(&status->params);
 }
 
 /*
@@ -481,7 +493,7 @@ check_may_act_as(Oid roleoid)
 				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
 				 errmsg("permission denied for a worker of role \"%s\"",
 						name ? name : psprintf("%u", roleoid)),
-				 errdetail("Only members of that role may launch, fold or stop its workers.")));
+				 errdetail("Only members of that role may launch and stop its workers, and ask them for work.")));
 }
 
 /*
@@ -489,7 +501,7 @@ check_may_act_as(Oid roleoid)
  * check that the caller may use it.
  */
 static bool
-find_worker(FunctionCallInfo fcinfo, SlotRef *ref)
+find_worker(FunctionCallInfo fcinfo, SlotRef *ref, Oid *roleoid)
 {
 	int			index = PG_GETARG_INT32(0);
 	Oid			dboid;
@@ -502,7 +514,8 @@ find_worker(FunctionCallInfo fcinfo, SlotRef *ref)
 		!slot_get_status(ref->slotno, &status) ||
 		status.params.generation != ref->generation)
 		return false;
-	check_may_act_as(worker_role(&status));
+	*roleoid = worker_role(&status);
+	check_may_act_as(*roleoid);
 	return true;
 }
 
@@ -517,15 +530,24 @@ readable_text(char *text)
 	return text;
 }
 
-/* Raise an error of a worker, if it is one, as the caller's own. */
+/*
+ * Raise an error of a worker, if it is one, as the caller's own.
+ *
+ * The detail may show rows.  It is for those who could see them: the user of
+ * the session, who may not be the one whose function this runs in.
+ */
 static void
-raise_worker_error(WorkerError *error, int index)
+raise_worker_error(WorkerError *error, Oid roleoid, int index)
 {
+	bool		may_see = OidIsValid(roleoid) &&
+		can_act_as(GetSessionUserId(), roleoid);
+
 	if (error->sqlstate != 0)
 		ereport(ERROR,
 				(errcode(error->sqlstate),
 				 errmsg_internal("%s", readable_text(error->message)),
-				 error->detail[0] ? errdetail_internal("%s", readable_text(error->detail)) : 0,
+				 error->detail[0] && may_see ?
+				 errdetail_internal("%s", readable_text(error->detail)) : 0,
 				 error->hint[0] ? errhint("%s", readable_text(error->hint)) : 0,
 				 errcontext("worker_spi worker %d", index)));
 }
@@ -760,8 +782,10 @@ check_launch(FunctionCallInfo fcinfo, WorkerParams *params,
 
 /* The worker is gone: raise the error of which it died. */
 static void
-launch_error(const Launch *launch, const BackgroundWorker *worker, int index)
+launch_error(const Launch *launch, const BackgroundWorker *worker,
+			 const WorkerParams *params)
 {
+	int			index = params->index;
 	WorkerError error;
 
 	if (slot_launch_error(&launch->ref, &error))
@@ -771,7 +795,7 @@ launch_error(const Launch *launch, const BackgroundWorker *worker, int index)
 						index)));
 	if (error.sqlstate == ERRCODE_LOCK_NOT_AVAILABLE)
 		strlcpy(error.hint, COMMIT_HINT, sizeof(error.hint));
-	raise_worker_error(&error, index);
+	raise_worker_error(&error, params_role(params), index);
 	ereport(ERROR,
 			(errcode(ERRCODE_INSUFFICIENT_RESOURCES),
 			 errmsg("could not start %s", worker->bgw_name),
@@ -820,14 +844,14 @@ worker_spi_launch(PG_FUNCTION_ARGS)
 			no_slot_error();
 		pid = wait_until_ready(&launch, &params);
 		if (pid == 0)
-			launch_error(&launch, &worker, params.index);
+			launch_error(&launch, &worker, &params);
 	}
 	PG_END_ENSURE_ERROR_CLEANUP(undo_launch, PointerGetDatum(&launch));
 	PG_RETURN_INT32(pid);
 }
 
 /* -------------------------------------------------------------------------
- * Folding and stopping
+ * Running and stopping
  * -------------------------------------------------------------------------
  */
 
@@ -852,23 +876,36 @@ check_not_behind_us(const SlotRef *ref, int index)
 				 errhint("Commit first.")));
 }
 
+/* Say that there is no such worker, as pg_terminate_backend() would. */
+static Datum
+warn_of_nobody(FunctionCallInfo fcinfo)
+{
+	ereport(WARNING,
+			(errmsg("there is no worker with index %d in database \"%s\"",
+					PG_GETARG_INT32(0),
+					get_database_name(resolve_database(PG_GETARG_OID(1))))));
+	return BoolGetDatum(false);
+}
+
 /*
- * worker_spi_fold(index int4, dboid oid, wait bool) RETURNS bool
+ * worker_spi_run(index int4, dboid oid, wait bool) RETURNS bool
  *
- * Make a worker fold now.  With wait, return when every delta that was
- * committed before the call is in a total; slot.c says how that works.
+ * Have a worker run a cycle now.  With wait, return when all that was
+ * committed before the call is done; slot.c says how that works.
  *
- * Returns false if there is no such worker.  Errors: 22023, 3D000, 42501;
- * 55000 without shared memory, during recovery, in single-user mode, in a
- * worker, or if the worker has no process; 55P03 if the caller's own locks are
- * in the way; and that of the cycle if it failed, or left something over.
+ * Returns false, with a warning, if there is no such worker.  Errors: 22023,
+ * 3D000, 42501; 55000 without shared memory, during recovery, in single-user
+ * mode, in a worker, or if the worker has no process; 55P03 if the caller's
+ * own locks are in the way; and that of the cycle if it failed, or left
+ * something over.
  */
 Datum
-worker_spi_fold(PG_FUNCTION_ARGS)
+worker_spi_run(PG_FUNCTION_ARGS)
 {
 	static uint32 wait_event = 0;
 	int			index;
 	SlotRef		ref;
+	Oid			roleoid;
 	uint64		ticket;
 	SlotAnswer	answer = ANSWER_PENDING;
 	WorkerError error = {0};
@@ -876,8 +913,8 @@ worker_spi_fold(PG_FUNCTION_ARGS)
 	check_nargs(fcinfo, 3);
 	index = PG_GETARG_INT32(0);
 	require_postmaster();
-	if (!find_worker(fcinfo, &ref))
-		PG_RETURN_BOOL(false);
+	if (!find_worker(fcinfo, &ref, &roleoid))
+		return warn_of_nobody(fcinfo);
 
 	/* Two workers that wait for each other would do so for ever. */
 	if (MyBgworkerEntry &&
@@ -890,21 +927,20 @@ worker_spi_fold(PG_FUNCTION_ARGS)
 	if (ticket != 0)
 	{
 		if (wait_event == 0)
-			wait_event = define_wait_event("WorkerSpiFold");
+			wait_event = define_wait_event("WorkerSpiRun");
 		if (!PG_GETARG_BOOL(2))
 			PG_RETURN_BOOL(true);
-		while ((answer = slot_wait(&ref, ticket, FOLD_POLL_MS, wait_event,
+		while ((answer = slot_wait(&ref, ticket, RUN_POLL_MS, wait_event,
 								   &error)) == ANSWER_PENDING)
 			check_not_behind_us(&ref, index);
 		if (answer == ANSWER_WELL)
 			PG_RETURN_BOOL(true);
-		raise_worker_error(&error, index);
+		raise_worker_error(&error, roleoid, index);
 	}
 	ereport(ERROR,
 			(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 			 errmsg("worker with index %d is not running", index),
-			 errhint("The view worker_spi_workers shows its state and last error.  One that is \"down\" is started again within %d seconds, one that is \"stopped\" by worker_spi_launch().",
-					 worker_spi_restart_interval)));
+			 errhint("The view worker_spi_workers shows its state and last error.  One that is \"down\" is started again, one that is \"stopped\" by worker_spi_launch().")));
 	PG_RETURN_NULL();			/* not reached */
 }
 
@@ -913,19 +949,20 @@ worker_spi_fold(PG_FUNCTION_ARGS)
  *
  * End a worker and return when its process has exited.
  *
- * Returns false if there is no such worker, or it is stopped already.  Errors:
- * 22023, 3D000, 42501, 55000 without shared memory.
+ * Returns false, with a warning, if there is no such worker, or it is stopped
+ * already.  Errors: 22023, 3D000, 42501, 55000 without shared memory.
  */
 Datum
 worker_spi_stop(PG_FUNCTION_ARGS)
 {
 	SlotRef		ref;
+	Oid			roleoid;
 	pid_t		pid;
 	const char *type;
 
 	check_nargs(fcinfo, 2);
-	if (!find_worker(fcinfo, &ref) || (pid = slot_stop(&ref)) < 0)
-		PG_RETURN_BOOL(false);
+	if (!find_worker(fcinfo, &ref, &roleoid) || (pid = slot_stop(&ref)) < 0)
+		return warn_of_nobody(fcinfo);
 	slot_wait_stopped(&ref);
 
 	/*
@@ -958,6 +995,114 @@ time_or_null(TimestampTz time, bool *isnull)
 }
 
 /*
+ * The columns of worker_spi_get_workers().  A function of another version's SQL
+ * script, or of a superuser's, may ask for others, and an address be shown as
+ * a number.
+ */
+static const Oid workers_columns[] = {
+	INT4OID, TEXTOID, OIDOID, TEXTOID, OIDOID, INT4OID, TEXTOID,
+	TIMESTAMPTZOID, TIMESTAMPTZOID, INT8OID, INT8OID, INT8OID, TIMESTAMPTZOID,
+	FLOAT8OID, INT8OID, TIMESTAMPTZOID, TEXTOID, TEXTOID, TIMESTAMPTZOID,
+	INT8OID
+};
+
+static void
+check_row_type(TupleDesc desc)
+{
+	bool		equal = desc->natts == lengthof(workers_columns);
+
+	for (int i = 0; equal && i < lengthof(workers_columns); i++)
+		equal = TupleDescAttr(desc, i)->atttypid == workers_columns[i];
+	if (!equal)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_FUNCTION_DEFINITION),
+				 errmsg("function returns other columns than the library expects"),
+				 errhint("DROP EXTENSION worker_spi, and CREATE it again.")));
+}
+
+/* The row of a worker that is registered. */
+static void
+put_worker(ReturnSetInfo *rsinfo, WorkerStatus *w)
+{
+	Datum		values[lengthof(workers_columns)];
+	bool		nulls[lengthof(workers_columns)] = {0};
+	int			n = 0;
+
+	values[n++] = Int32GetDatum(w->params.index);
+	values[n++] = CStringGetTextDatum(w->params.is_static ? "static" : "dynamic");
+	values[n++] = ObjectIdGetDatum(OidIsValid(w->dboid) ?
+								   w->dboid : w->params.dboid);
+	nulls[n] = !w->params.is_static;
+	values[n++] = CStringGetTextDatum(readable_text(NameStr(w->params.database)));
+	values[n++] = ObjectIdGetDatum(worker_role(w));
+
+	/* One that waits before it connects is as good as not there. */
+	nulls[n] = w->pid == 0 || w->state == WORKER_DOWN;
+	values[n++] = Int32GetDatum(w->pid);
+	values[n++] = CStringGetTextDatum(state_names[w->state]);
+	values[n] = time_or_null(w->worker_start, &nulls[n]);
+	n++;
+	values[n++] = TimestampTzGetDatum(w->done_until);
+	values[n++] = Int64GetDatum(w->rows_left);
+	values[n++] = Int64GetDatum(w->cycles);
+	values[n++] = Int64GetDatum(w->rows_done);
+	values[n] = time_or_null(w->last_done_time, &nulls[n]);
+	n++;
+	nulls[n] = w->last_done_time == 0;
+	values[n++] = Float8GetDatum(w->last_done_ms);
+	values[n++] = Int64GetDatum(w->failed_count);
+	values[n] = time_or_null(w->last_failed_time, &nulls[n]);
+	n++;
+	nulls[n] = nulls[n + 1] = w->last_error.sqlstate == 0;
+	values[n++] = CStringGetTextDatum(readable_text(w->last_error.message));
+	values[n++] = CStringGetTextDatum(unpack_sql_state(w->last_error.sqlstate));
+	values[n] = time_or_null(w->next_cycle_time, &nulls[n]);
+	n++;
+	values[n++] = Int64GetDatum(Max(w->starts - 1, 0));
+	Assert(n == lengthof(workers_columns));
+	tuplestore_putvalues(rsinfo->setResult, rsinfo->setDesc, values, nulls);
+}
+
+/*
+ * The rows of static workers that the settings ask for and the server has not
+ * registered, for want of room at its start, or because their database has
+ * joined the list since.
+ */
+static void
+put_missing_workers(ReturnSetInfo *rsinfo)
+{
+	List	   *names;
+	ListCell   *lc;
+
+	/* A malformed list asks for nothing. */
+	(void) slot_parse_list(worker_spi_database, &names);
+	foreach(lc, names)
+	{
+		Oid			dboid = get_database_oid(lfirst(lc), true);
+
+		for (int i = 1; i <= worker_spi_total_workers; i++)
+		{
+			Datum		values[lengthof(workers_columns)] = {0};
+			bool		nulls[lengthof(workers_columns)];
+			WorkerParams params = {.is_static = true};
+			SlotRef		ref;
+
+			if (slot_find(i, dboid, lfirst(lc), &ref))
+				continue;
+			memset(nulls, true, sizeof(nulls));
+			nulls[0] = nulls[1] = nulls[3] = nulls[4] = nulls[6] = false;
+			values[0] = Int32GetDatum(i);
+			values[1] = CStringGetTextDatum("static");
+			values[3] = CStringGetTextDatum(lfirst(lc));
+			values[4] = ObjectIdGetDatum(params_role(&params));
+			values[6] = CStringGetTextDatum("missing");
+			tuplestore_putvalues(rsinfo->setResult, rsinfo->setDesc, values, nulls);
+		}
+	}
+	list_free_deep(names);
+}
+
+/*
  * worker_spi_get_workers() RETURNS SETOF record
  *
  * The rows of the view worker_spi_workers, with OIDs instead of names but for
@@ -968,56 +1113,20 @@ time_or_null(TimestampTz time, bool *isnull)
 Datum
 worker_spi_get_workers(PG_FUNCTION_ARGS)
 {
-#define WORKERS_COLUMNS 20
 	ReturnSetInfo *rsinfo = (ReturnSetInfo *) fcinfo->resultinfo;
 
 	check_nargs(fcinfo, 0);
 	require_shared_memory();
 	InitMaterializedSRF(fcinfo, 0);
+	check_row_type(rsinfo->setDesc);
 
 	for (int i = 0; i < slot_count(); i++)
 	{
-		WorkerStatus w;
-		Datum		values[WORKERS_COLUMNS];
-		bool		nulls[WORKERS_COLUMNS] = {0};
-		int			n = 0;
+		WorkerStatus status;
 
-		if (!slot_get_status(i, &w))
-			continue;
-
-		values[n++] = Int32GetDatum(w.params.index);
-		values[n++] = CStringGetTextDatum(w.params.is_static ?
-										  "static" : "dynamic");
-		values[n++] = ObjectIdGetDatum(OidIsValid(w.dboid) ?
-									   w.dboid : w.params.dboid);
-		nulls[n] = !w.params.is_static;
-		values[n++] = CStringGetTextDatum(readable_text(NameStr(w.params.database)));
-		values[n++] = ObjectIdGetDatum(worker_role(&w));
-		nulls[n] = w.pid == 0;
-		values[n++] = Int32GetDatum(w.pid);
-		values[n++] = CStringGetTextDatum(state_names[w.state]);
-		values[n] = time_or_null(w.worker_start, &nulls[n]);
-		n++;
-		values[n++] = TimestampTzGetDatum(w.done_until);
-		values[n++] = Int64GetDatum(w.rows_left);
-		values[n++] = Int64GetDatum(w.cycles);
-		values[n++] = Int64GetDatum(w.rows_done);
-		values[n] = time_or_null(w.last_done_time, &nulls[n]);
-		n++;
-		nulls[n] = w.last_done_time == 0;
-		values[n++] = Float8GetDatum(w.last_done_ms);
-		values[n++] = Int64GetDatum(w.failed_count);
-		values[n] = time_or_null(w.last_failed_time, &nulls[n]);
-		n++;
-		nulls[n] = nulls[n + 1] = w.last_error.sqlstate == 0;
-		values[n++] = CStringGetTextDatum(readable_text(w.last_error.message));
-		values[n++] = CStringGetTextDatum(unpack_sql_state(w.last_error.sqlstate));
-		values[n] = time_or_null(w.next_cycle_time, &nulls[n]);
-		n++;
-		values[n++] = Int64GetDatum(Max(w.starts - 1, 0));
-		Assert(n == WORKERS_COLUMNS);
-		tuplestore_putvalues(rsinfo->setResult, rsinfo->setDesc,
-							 values, nulls);
+		if (slot_get_status(i, &status))
+			put_worker(rsinfo, &status);
 	}
+	put_missing_workers(rsinfo);
 	return (Datum) 0;
 }

@@ -11,13 +11,14 @@
  *			fold.c			the job: what this worker does and no other
  *
  * Calls go down this list only: worker_spi.c and wake.c call slot.c, worker.c
- * calls slot.c and fold.c, and those two call nobody of ours.
+ * calls slot.c and the job.  fold.h says what the job is made of.
  *
  * -------------------------------------------------------------------------
  */
 #ifndef WORKER_SPI_H
 #define WORKER_SPI_H
 
+#include "mb/pg_wchar.h"
 #include "postmaster/bgworker_internals.h"
 #include "storage/latch.h"
 #include "storage/lock.h"
@@ -117,9 +118,13 @@ extern int	worker_spi_naptime;
 extern char *worker_spi_database;
 extern char *worker_spi_role;
 extern int	worker_spi_restart_interval;
+
+/* only counters: begin */
 extern bool worker_spi_log_folds;
 extern int	worker_spi_wake_delay;
 extern bool worker_spi_notify;
+
+/* only counters: end */
 
 /* -------------------------------------------------------------------------
  * Shared memory, in slot.c
@@ -136,6 +141,26 @@ typedef struct WorkerError
 	char		detail[ERROR_TEXT_SIZE];	/* empty if there is none */
 	char		hint[ERROR_TEXT_SIZE];	/* the same */
 } WorkerError;
+
+/* Copy as much as there is room for, cut between characters; NULL is "". */
+static inline void
+copy_error_text(char *target, const char *source)
+{
+	int			len = source ? strlen(source) : 0;
+
+	len = pg_mbcliplen(source, len, ERROR_TEXT_SIZE - 1);
+	memcpy(target, source ? source : "", len);
+	target[len] = '\0';
+}
+
+static inline void
+copy_error(WorkerError *error, const ErrorData *edata)
+{
+	error->sqlstate = edata->sqlerrcode;
+	copy_error_text(error->message, edata->message);
+	copy_error_text(error->detail, edata->detail);
+	copy_error_text(error->hint, edata->hint);
+}
 
 /*
  * What a worker must know to start.  It travels in bgw_extra, so that the
@@ -197,6 +222,17 @@ typedef struct SlotRef
 	uint64		generation;
 } SlotRef;
 
+/* only counters: begin */
+
+/* Where a worker was found that is to be woken; true while nothing changes. */
+typedef struct SlotHint
+{
+	uint64		changes;
+	int			slotno;			/* -1 if there is no such worker */
+} SlotHint;
+
+/* only counters: end */
+
 typedef enum ReserveResult
 {
 	RESERVE_OK,
@@ -247,45 +283,100 @@ extern SlotAnswer slot_wait(const SlotRef *ref, uint64 ticket, long timeout,
 							uint32 wait_event, WorkerError *error);
 extern pid_t slot_stop(const SlotRef *ref);
 extern void slot_wait_stopped(const SlotRef *ref);
-extern void slot_wake(int index, Oid dboid);
+
+/* only counters: begin */
+extern void slot_wake(int index, Oid dboid, SlotHint *hint);
+
+/* only counters: end */
 
 /* For the worker itself */
 extern bool slot_attach(int slotno, const WorkerParams *params);
+extern int	slot_connect_failures(void);
+extern void slot_starting(void);
 extern const char *slot_database(void);
 extern ListResult slot_follow_list(const char *setting);
 extern bool slot_connected(Oid dboid, Oid roleoid);
+extern int	slot_resume(TimestampTz *due, int *sqlstate);
+extern bool slot_start_afresh(int failures, TimestampTz due, int minutes);
+extern bool slot_may_make(void);
+extern void slot_has_made(void);
 extern void slot_keep(void);
 extern bool slot_has_launcher(void);
 extern bool slot_is_stopping(void);
 extern bool slot_begin_cycle(void);
 extern void slot_ready(void);
-extern void slot_progress(int64 rows_done);
+extern void slot_progress(int64 rows_done, int64 rows_left);
 extern void slot_end_cycle(TimestampTz start, TimestampTz next,
-						   int64 rows_left, const WorkerError *failed,
-						   const WorkerError *left);
+						   const WorkerError *failed, const WorkerError *left);
 extern void slot_note_error(const WorkerError *error);
 extern NapOrder slot_nap(TimestampTz next);
+
+/* only counters: begin */
 extern bool slot_woken(void);
+
+/* only counters: end */
 extern bool slot_detach(bool for_good, const WorkerError *error);
 extern void slot_forget(const WorkerParams *params);
 
 /* -------------------------------------------------------------------------
- * The job, in fold.c
+ * The contract between a worker and its job
  * -------------------------------------------------------------------------
+ *
+ * worker.c can run any job that has these four functions.  A cycle is a series
+ * of transactions, each a share of the job.  Between two of them, also after
+ * one that has failed, the worker looks whether it is to stop, to read its
+ * settings again or to give way, so a share is not to take long.
+ *
+ * job_init(index) is called once in the life of a process, outside a
+ * transaction, and prepares for the work of worker number index.  It returns a
+ * name for that, for the log, which is to last.
+ *
+ * job_step(progress) does a share.  The transaction is begun, SPI is connected,
+ * and there is no snapshot yet; the caller commits.  Isolation level and
+ * synchronous_commit are the job's to set.  The memory context that is current
+ * lasts until then.  Returns whether there is more to do.  Of progress, which
+ * is zeroed before each step, the first two say something to the job, and the
+ * rest is for it to say:
+ *
+ *		may_make		what the job works on may be made, if it is missing
+ *		asked			somebody waits for this cycle: try again now what was
+ *						left over
+ *		tables_ready	what it works on is there: who launched us may go on
+ *		rows_done		what this share has done
+ *		rows_left		what is left over for now, in all
+ *		again_ms		when the cycle is over: come again after so many
+ *						milliseconds at the latest; 0: after the naptime
+ *		pending_error	why something is left over; raised to whoever waits for
+ *						the cycle, which has gone well all the same
+ *		undo			roll this share back; that is no error, and more is to
+ *						be done
+ *
+ * job_committed() is called when a share is committed.  Only here does anything
+ * become true that a share has found out: a rollback does not put back static
+ * variables.
+ *
+ * job_failed(error) is called when a share was rolled back over an error, with
+ * interrupts held.  True: go on with the cycle; the error is nobody's but the
+ * job's to tell of.  False: the cycle has failed, and the next step begins
+ * another.  It is not called where the worker was told to stop, nor for an
+ * error that came between two shares: that ends no cycle.
  */
-
-/* What one transaction of a cycle is told, and says of itself. */
 typedef struct JobProgress
 {
-	bool		retry;			/* in: try again what was left over? */
-	int64		rows_done;		/* out: what this transaction did */
-	int64		rows_left;		/* out: what cannot be done for now */
-	WorkerError left_error;		/* out: why not; sqlstate 0 if nothing is left */
+	bool		may_make;
+	bool		asked;
+	bool		tables_ready;
+	bool		undo;
+	int			again_ms;
+	int64		rows_done;
+	int64		rows_left;
+	WorkerError pending_error;	/* sqlstate 0 if there is none */
 } JobProgress;
 
-extern const char *fold_init(int index);
-extern bool fold_some(JobProgress *progress);
-extern bool fold_ended(const WorkerError *error);
+extern const char *job_init(int index);
+extern bool job_step(JobProgress *progress);
+extern void job_committed(void);
+extern bool job_failed(const WorkerError *error);
 
 #if defined(__GNUC__)
 #pragma GCC visibility pop

@@ -1,6 +1,6 @@
 --
--- Tables with key columns, which a unique index declares: each combination of
--- keys is a counter of its own.
+-- Tables with key columns, which a unique index of the totals declares: each
+-- combination of keys is a counter of its own.
 -- Runs in any server, preloaded or not, and gives the same output in both.
 --
 CREATE EXTENSION worker_spi;
@@ -15,8 +15,8 @@ DECLARE
 BEGIN
     worker := worker_spi_launch(index, here, 10);
     LOOP
-        EXECUTE format('SELECT EXISTS (SELECT FROM schema%s.counted'
-                       ' WHERE type IS DISTINCT FROM ''total'')', index) INTO deltas;
+        EXECUTE format('SELECT EXISTS (SELECT FROM ONLY schema%s.counted)', index)
+            INTO deltas;
         EXIT WHEN NOT deltas;
         IF clock_timestamp() > deadline THEN
             RAISE EXCEPTION 'worker % did not fold', index;
@@ -36,8 +36,7 @@ $$;
 -- two keys, either of which may be NULL
 CREATE SCHEMA schema4101
     CREATE TABLE counted (type text, value bigint NOT NULL, page text, day date)
-    CREATE UNIQUE INDEX ON counted (page, day) NULLS NOT DISTINCT
-        WHERE type = 'total';
+    CREATE TABLE total (UNIQUE NULLS NOT DISTINCT (page, day)) INHERITS (counted);
 INSERT INTO schema4101.counted VALUES
     ('delta', 1, 'a', '2026-01-01'), ('delta', 2, 'a', '2026-01-01'),
     ('delta', 4, 'a', '2026-01-02'), ('delta', 8, 'b', '2026-01-01'),
@@ -61,11 +60,12 @@ CREATE SCHEMA schema4102
                           excluded int, ctid2 int, "$1" int, "Type" text,
                           "Value" int, count int, sum int, max int,
                           counted int)
-    CREATE UNIQUE INDEX ON counted ("Page", "select", "a ""b"" c", rows, value2,
-                                    k1, k2, type2, deltas, totals, total,
-                                    excluded, ctid2, "$1", "Type", "Value",
-                                    count, sum, max, counted)
-        NULLS NOT DISTINCT WHERE type = 'total';
+    CREATE TABLE total (
+        UNIQUE NULLS NOT DISTINCT ("Page", "select", "a ""b"" c", rows, value2, k1,
+                                   k2, type2, deltas, totals, total, excluded,
+                                   ctid2, "$1", "Type", "Value", count, sum, max,
+                                   counted))
+        INHERITS (counted);
 INSERT INTO schema4102.counted
 SELECT 'p', 1, 2, 3, 4, 5, 6, 'delta', i, 't', 7, 8, 9, 10, 11, 12, 'delta', 13,
        14, 15, 16, i % 2
@@ -79,8 +79,8 @@ CREATE SCHEMA schema4103
                           value bigint, gone3 int,
                           double bigint GENERATED ALWAYS AS (value * 2) STORED);
 ALTER TABLE schema4103.counted DROP gone1, DROP gone2, DROP gone3;
-CREATE UNIQUE INDEX ON schema4103.counted (page) NULLS NOT DISTINCT
-    WHERE type = 'total';
+CREATE TABLE schema4103.total (UNIQUE NULLS NOT DISTINCT (page))
+    INHERITS (schema4103.counted);
 INSERT INTO schema4103.counted (type, page, value)
 VALUES ('delta', 'a', 1), ('delta', 'b', 2), ('delta', 'a', 3);
 CALL fold_once(4103);
@@ -103,9 +103,9 @@ CREATE TABLE schema4105.counted (
     n numeric, d date, u uuid, c schema4105.color, a int[], b boolean,
     f float8, ts timestamptz, bpc char(5), i inet, j jsonb, r int4range,
     l schema4105.level, t text COLLATE "C");
-CREATE UNIQUE INDEX ON schema4105.counted (n, d, u, c, a, b, f, ts, bpc, i, j, r,
-                                           l, t)
-    NULLS NOT DISTINCT WHERE type = 'total';
+CREATE TABLE schema4105.total (
+    UNIQUE NULLS NOT DISTINCT (n, d, u, c, a, b, f, ts, bpc, i, j, r, l, t))
+    INHERITS (schema4105.counted);
 INSERT INTO schema4105.counted
 SELECT 'delta', value, n, d, '00000000-0000-0000-0000-000000000001', c::schema4105.color,
        a, true, 1.5, '2026-01-01 00:00:00+00', 'x', '127.0.0.1', j, '[1,5)', 1, 't'
@@ -129,29 +129,35 @@ ORDER BY value;
 CREATE SCHEMA schema4106
     CREATE TABLE counted (type text CHECK (type IN ('total', 'delta')),
                           value integer, page text)
-    CREATE UNIQUE INDEX ON counted (page) NULLS NOT DISTINCT
-        WHERE type = 'total';
+    CREATE TABLE total (UNIQUE NULLS NOT DISTINCT (page)) INHERITS (counted);
+INSERT INTO schema4106.total VALUES
+    ('total', 100, 'a'), ('total', NULL, 'b'), ('total', 7, NULL);
 INSERT INTO schema4106.counted VALUES
-    ('total', 100, 'a'), ('total', NULL, 'b'), ('total', 7, NULL),
     ('delta', 1, 'a'), ('delta', 2, 'b'), ('delta', NULL, 'a'),
     ('delta', 3, NULL), ('delta', NULL, 'c');
 CALL fold_once(4106);
 SELECT * FROM schema4106.counted ORDER BY page;
 
--- The index may have any name, order of its columns, and type among them.
+-- The index may have any name, order of its columns, and more to carry; the
+-- totals may have another name, and more columns.
 CREATE SCHEMA schema4107
-    CREATE TABLE counted (type text, value bigint, page text, day date)
-    CREATE UNIQUE INDEX "My Totals" ON counted (day, type, page) NULLS NOT DISTINCT
-        WHERE type = 'total';
+    CREATE TABLE counted (page text, day date, hits integer NOT NULL DEFAULT 0,
+                          seen date NOT NULL DEFAULT '-infinity')
+    CREATE TABLE "My Totals" (id bigint PRIMARY KEY GENERATED ALWAYS AS IDENTITY,
+                              note text DEFAULT 'new')
+        INHERITS (counted);
+CREATE UNIQUE INDEX "My Index" ON schema4107."My Totals" (day, page) INCLUDE (id)
+    NULLS NOT DISTINCT;
 INSERT INTO schema4107.counted VALUES
-    ('delta', 1, 'a', NULL), ('delta', 2, 'a', NULL), ('delta', 3, NULL, NULL);
+    ('a', NULL, 1, '2026-01-01'), ('a', NULL, 2, '2026-01-02'), (NULL, NULL, 3, DEFAULT);
 CALL fold_once(4107);
-SELECT * FROM schema4107.counted ORDER BY page;
+SELECT page, day, hits, seen, note, id > 0 AS has_id
+FROM schema4107."My Totals" ORDER BY page;
 
 -- many keys, and deltas that come to nothing
 CREATE SCHEMA schema4108
     CREATE TABLE counted (type text, value bigint, page int NOT NULL)
-    CREATE UNIQUE INDEX ON counted (page) WHERE type = 'total';
+    CREATE TABLE total (PRIMARY KEY (page)) INHERITS (counted);
 INSERT INTO schema4108.counted
 SELECT 'delta', i % 7 - 3, i % 1000 FROM generate_series(1, 7000) i;
 CREATE TEMPORARY TABLE truth AS

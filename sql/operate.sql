@@ -75,11 +75,14 @@ SELECT worker_spi_fold(4201, :dboid);
 SELECT * FROM schema4201.counted ORDER BY value;
 ROLLBACK;
 
--- What does not fit is stuck: its error is the caller's, all else is folded, and
--- so is this when it can be done.
+-- What does not fit is stuck: its error is the caller's, and it is folded when
+-- it can be.
 INSERT INTO schema4201.counted VALUES ('delta', 9223372036854775807), ('delta', 1);
 SELECT try(format('SELECT worker_spi_fold(4201, %s)', :dboid)) LIKE '22003 %' AS stuck;
 SELECT * FROM schema4201.counted ORDER BY value;
+SELECT type, value, sqlstate, reason, since < clock_timestamp() AS since
+FROM schema4201.stuck ORDER BY value;
+SELECT count(*) FROM ONLY schema4201.counted;
 SELECT state, stuck_rows, failed_count, last_sqlstate, last_error <> '' AS told
 FROM worker_spi_workers WHERE index = 4201;
 INSERT INTO schema4201.counted VALUES ('delta', -18);
@@ -90,7 +93,7 @@ SELECT state, stuck_rows FROM worker_spi_workers WHERE index = 4201;
 -- An error of the cycle is the caller's, too, and nothing is folded.
 ALTER TABLE schema4201.counted RENAME value TO amount;
 INSERT INTO schema4201.counted VALUES ('delta', -9223372036854775800);
-SELECT try(format('SELECT worker_spi_fold(4201, %s)', :dboid)) LIKE '42703 %' AS failed;
+SELECT try(format('SELECT worker_spi_fold(4201, %s)', :dboid)) LIKE '42P16 %' AS failed;
 SELECT state, failed_count > 0 AS failed, last_sqlstate
 FROM worker_spi_workers WHERE index = 4201;
 ALTER TABLE schema4201.counted RENAME amount TO value;
@@ -98,7 +101,7 @@ SELECT worker_spi_fold(4201, :dboid);
 SELECT * FROM schema4201.counted;
 
 -- A commit wakes the worker before its nap is over.
-TRUNCATE schema4201.counted;
+TRUNCATE schema4201.counted;        -- the totals, too
 CREATE TRIGGER wake AFTER INSERT ON schema4201.counted
     FOR EACH STATEMENT EXECUTE FUNCTION worker_spi_wake();
 SELECT next_fold_time AS due FROM worker_spi_workers WHERE index = 4201 \gset
@@ -107,7 +110,7 @@ DO $$
 DECLARE
     deadline timestamptz := clock_timestamp() + interval '2 minutes';
 BEGIN
-    WHILE EXISTS (SELECT FROM schema4201.counted WHERE type = 'delta') LOOP
+    WHILE EXISTS (SELECT FROM ONLY schema4201.counted) LOOP
         IF clock_timestamp() > deadline THEN
             RAISE EXCEPTION 'not folded';
         END IF;
@@ -172,39 +175,39 @@ END
 $$;
 SET client_min_messages = warning;
 CALL refuse('CREATE VIEW schema4203.counted AS SELECT text ''delta'' AS type, 1::bigint AS value');
-CALL refuse('CREATE MATERIALIZED VIEW schema4203.counted AS SELECT text ''delta'' AS type, 1::bigint AS value');
 CALL refuse('CREATE TABLE schema4203.counted (type text, value bigint) PARTITION BY LIST (type)');
-CALL refuse('CREATE SEQUENCE schema4203.counted');
 CALL refuse('CREATE TABLE schema4203.counted (type varchar, value bigint)');
 CALL refuse('CREATE TABLE schema4203.counted (type text, value numeric)');
-CALL refuse('CREATE TABLE schema4203.counted (type text, value smallint)');
 CALL refuse('CREATE TABLE schema4203.counted (type text, "Value" bigint)');
 CALL refuse('CREATE TABLE schema4203.counted (value bigint)');
 CALL refuse('CREATE TABLE schema4203.counted ()');
-CALL refuse('CREATE TABLE schema4203.counted (type text, n bigint, value bigint GENERATED ALWAYS AS (n) STORED)');
 CALL refuse('CREATE TABLE schema4203.counted (type text, value bigint);
     CREATE RULE keep AS ON DELETE TO schema4203.counted DO INSTEAD NOTHING');
+-- what is in the way of a table that is missing
+CALL refuse('CREATE TABLE schema4203.counted (type text, value bigint);
+    CREATE TABLE schema4203.total (type text, value bigint)');
+CALL refuse('CREATE TABLE schema4203.counted (type text, value bigint);
+    CREATE TABLE schema4203.one () INHERITS (schema4203.counted);
+    CREATE TABLE schema4203.two () INHERITS (schema4203.counted)');
 -- columns that nobody has declared to be keys; the hint is how
 CALL refuse('CREATE TABLE schema4203.counted (type text, value bigint, page text)');
-CALL refuse('CREATE TABLE schema4203.counted (type text, value bigint, "My Page" text NOT NULL, day date NOT NULL)');
+CALL refuse('CREATE TABLE schema4203.counted (value bigint, "My Page" text NOT NULL, day date NOT NULL)');
+CALL refuse('CREATE TABLE schema4203.counted (value bigint, page text NOT NULL, bytes bigint DEFAULT 0)');
 CALL refuse('CREATE TABLE schema4203.counted (type text, value bigint, doc json)');
 -- indexes that do not declare what they would have to
 CALL refuse('CREATE TABLE schema4203.counted (type text, value bigint, page text);
-    CREATE UNIQUE INDEX "Old Totals" ON schema4203.counted (type) WHERE type = ''total''');
+    CREATE TABLE schema4203.total (PRIMARY KEY (type)) INHERITS (schema4203.counted)');
 CALL refuse('CREATE TABLE schema4203.counted (type text, value bigint, page text);
-    CREATE UNIQUE INDEX ON schema4203.counted (page) WHERE type = ''total''');
-CALL refuse('CREATE TABLE schema4203.counted (type text, value bigint, a int, b int);
-    CREATE UNIQUE INDEX ON schema4203.counted (a) NULLS NOT DISTINCT WHERE type = ''total''');
+    CREATE TABLE schema4203.total (UNIQUE (page)) INHERITS (schema4203.counted)');
 CALL refuse('CREATE TABLE schema4203.counted (type text, value bigint, a text);
-    CREATE UNIQUE INDEX ON schema4203.counted (lower(a)) NULLS NOT DISTINCT WHERE type = ''total''');
+    CREATE TABLE schema4203.total () INHERITS (schema4203.counted);
+    CREATE UNIQUE INDEX ON schema4203.total (lower(a)) NULLS NOT DISTINCT');
 CALL refuse('CREATE TABLE schema4203.counted (type text, value bigint);
-    CREATE UNIQUE INDEX ON schema4203.counted (value) WHERE type = ''total''');
+    CREATE TABLE schema4203.total (PRIMARY KEY (value)) INHERITS (schema4203.counted)');
 CALL refuse('CREATE TABLE schema4203.counted (type text, value bigint, a int, b int);
-    CREATE UNIQUE INDEX one ON schema4203.counted (a, b) NULLS NOT DISTINCT WHERE type = ''total'';
-    CREATE UNIQUE INDEX two ON schema4203.counted (b) NULLS NOT DISTINCT WHERE type = ''total''');
--- two totals where there can be only one
-CALL refuse('CREATE TABLE schema4203.counted (type text, value bigint);
-    INSERT INTO schema4203.counted VALUES (''total'', 1), (''total'', 2)');
+    CREATE TABLE schema4203.total () INHERITS (schema4203.counted);
+    CREATE UNIQUE INDEX one ON schema4203.total (a, b) NULLS NOT DISTINCT;
+    CREATE UNIQUE INDEX two ON schema4203.total (b) NULLS NOT DISTINCT');
 SELECT count(*) FROM worker_spi_workers WHERE index = 4203;
 SELECT count(*) FROM pg_stat_activity
 WHERE application_name = 'worker_spi dynamic worker 4203';
@@ -215,22 +218,13 @@ DROP SCHEMA schema4203 CASCADE;
 SELECT worker_spi_launch(4203, :dboid, 10) IS NOT NULL AS launched;
 INSERT INTO schema4203.counted VALUES ('delta', 5);
 SELECT worker_spi_fold(4203, :dboid);
-ALTER TABLE schema4203.counted ADD page text;
-INSERT INTO schema4203.counted VALUES ('delta', 1, 'a'), ('delta', 2, NULL), ('delta', 3, 'a');
+ALTER TABLE schema4203.counted ADD page text NOT NULL DEFAULT '(before)';
+INSERT INTO schema4203.counted VALUES ('delta', 1, 'a'), ('delta', 2), ('delta', 3, 'a');
 SELECT try(format('SELECT worker_spi_fold(4203, %s)', :dboid));
-DROP INDEX schema4203.counted_type_idx;
-CREATE UNIQUE INDEX ON schema4203.counted (page) NULLS NOT DISTINCT
-    WHERE type = 'total';
+SELECT sum(value) FROM schema4203.counted;
+ALTER TABLE schema4203.total DROP CONSTRAINT total_pkey, ADD PRIMARY KEY (page);
 SELECT worker_spi_fold(4203, :dboid);
 SELECT * FROM schema4203.counted ORDER BY page;
--- and when it is dropped again, the totals are no totals any more
-BEGIN;
-UPDATE schema4203.counted SET type = 'delta';
-ALTER TABLE schema4203.counted DROP page;
-INSERT INTO schema4203.counted VALUES ('delta', 10);
-COMMIT;
-SELECT worker_spi_fold(4203, :dboid);
-SELECT * FROM schema4203.counted;
 SELECT worker_spi_stop(4203, :dboid);
 
 SELECT count(*) FROM worker_spi_workers WHERE index BETWEEN 4201 AND 4203;

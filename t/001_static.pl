@@ -16,10 +16,21 @@ my $node = new_node('static', "autovacuum = off\n");
 my $superuser = $node->safe_psql('postgres',
 	'SELECT rolname FROM pg_roles WHERE oid = 10');
 
+# Wait until all that was done is in the server's statistics: a session has
+# reported it before it leaves pg_stat_activity.
+sub wait_for_statistics
+{
+	wait_for_nap($node, $_) foreach 1, 2;
+	$node->poll_query_until('postgres',
+		"SELECT count(*) = 1 FROM pg_stat_activity WHERE backend_type = 'client backend'")
+	  or die 'other sessions do not end';
+	return;
+}
+
 # ------------------------------------------------------------------------
 # Start
 # ------------------------------------------------------------------------
-fold($node, $_) foreach 1, 2;
+folds($node, $_) foreach 1, 2;
 wait_for_nap($node, $_) foreach 1, 2;
 
 is( $node->safe_psql(
@@ -53,31 +64,54 @@ is( $node->safe_psql(
 		} 1, 2),
 	'a napping worker is idle under its own name, and holds no snapshot');
 
-like(
-	slurp_file($node->logfile),
-	qr/LOG:  worker_spi worker $_ initialized with schema$_\.counted$/m,
-	"the log says that worker $_ is there") foreach 1, 2;
+foreach my $index (1, 2)
+{
+	my $table = "postgres.schema$index";
+	is( join("\n", map { /LOG:  (worker_spi worker $index .*)/ ? $1 : () }
+			server_lines($node, 0)),
+		join("\n",
+			(map { "worker_spi worker $index made table $table.$_" } 'counted', 'total', 'stuck'),
+			"worker_spi worker $index initialized with $table.counted"),
+		"the log says which tables worker $index has made, and that it is there");
+}
 
 is( $node->safe_psql(
 		'postgres',
-		"SELECT attname, format_type(atttypid, atttypmod), attnotnull,
+		"SELECT relname, attname, format_type(atttypid, atttypmod), attnotnull,
 			pg_get_expr(adbin, adrelid)
-		 FROM pg_attribute
+		 FROM pg_attribute JOIN pg_class ON pg_class.oid = attrelid
 		 LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
-		 WHERE attrelid = 'schema1.counted'::regclass AND attnum > 0
-		 ORDER BY attnum"),
-	"type|text|t|'delta'::text\nvalue|bigint|t|",
-	'a worker makes its table');
+		 WHERE relnamespace = 'schema1'::regnamespace AND relkind = 'r' AND attnum > 0
+		 ORDER BY relname, attnum"),
+	join("\n",
+		(map { ("$_|type|text|t|'delta'::text", "$_|value|bigint|t|") } 'counted', 'stuck'),
+		'stuck|sqlstate|text|f|',
+		'stuck|reason|text|f|',
+		'stuck|since|timestamp with time zone|f|',
+		"total|type|text|t|'delta'::text",
+		'total|value|bigint|t|'),
+	'a worker makes its three tables');
 is( $node->safe_psql(
 		'postgres',
-		"SELECT pg_get_indexdef(indexrelid) FROM pg_index
-		 WHERE indrelid = 'schema1.counted'::regclass"),
-	'CREATE UNIQUE INDEX counted_type_idx ON schema1.counted '
-	  . "USING btree (type) WHERE (type = 'total'::text)",
-	'and its index');
+		"SELECT relname, inhparent::regclass, relreplident, relpersistence, reloptions
+		 FROM pg_class LEFT JOIN pg_inherits ON inhrelid = oid
+		 WHERE relnamespace = 'schema1'::regnamespace AND relkind = 'r' ORDER BY relname"),
+	join("\n",
+		'counted||f|p|{autovacuum_vacuum_scale_factor=0,autovacuum_vacuum_threshold=10000,'
+		  . 'autovacuum_vacuum_cost_delay=0,autovacuum_analyze_threshold=2147483647}',
+		'stuck|schema1.counted|f|p|',
+		'total|schema1.counted|d|p|{fillfactor=50}'),
+	'which are one tree, each with the options for what it holds');
+is( $node->safe_psql(
+		'postgres',
+		"SELECT pg_get_indexdef(indexrelid), indisprimary
+		 FROM pg_index JOIN pg_class ON pg_class.oid = indrelid
+		 WHERE relnamespace = 'schema1'::regnamespace"),
+	'CREATE UNIQUE INDEX total_pkey ON schema1.total USING btree (type)|t',
+	'only the totals have an index');
 is( $node->safe_psql('postgres',
 		"SELECT count(*) FROM pg_constraint
-		 WHERE conrelid = 'schema1.counted'::regclass AND contype = 'c'"),
+		 WHERE connamespace = 'schema1'::regnamespace AND contype NOT IN ('n', 'p')"),
 	'0',
 	'no constraint costs each writer its evaluation');
 
@@ -93,14 +127,13 @@ is($node->safe_psql('postgres', 'TABLE schema1.counted'),
 	'total|17', 'leaves the total and nothing else');
 like(
 	slurp_file($node->logfile, $offset),
-	qr/LOG:  worker_spi worker 1: count in schema1\.counted is now 17$/m,
+	qr/LOG:  worker_spi worker 1: count in postgres\.schema1\.counted is now 17$/m,
 	'and is in the log');
-wait_for_nap($node, 1);
-is( $node->safe_psql(
-		'postgres',
-		"SELECT n_tup_ins, n_tup_upd, n_tup_del FROM pg_stat_user_tables
-		 WHERE relid = 'schema1.counted'::regclass"),
-	'18|0|17',
+wait_for_statistics();
+my $changes = "SELECT relname, n_tup_ins, n_tup_upd, n_tup_del
+	FROM pg_stat_user_tables WHERE schemaname = 'schema1' ORDER BY relname";
+is($node->safe_psql('postgres', $changes),
+	"counted|17|0|17\nstuck|0|0|0\ntotal|1|0|0",
 	'and in the statistics that autovacuum goes by');
 
 $offset = -s $node->logfile;
@@ -109,15 +142,12 @@ INSERT INTO schema1.counted VALUES ('delta', 3), ('delta', -20);
 SELECT worker_spi_fold(1);
 EOQ
 ok( $node->log_contains(
-		qr/LOG:  worker_spi worker 1: count in schema1\.counted is now 0$/m,
+		qr/LOG:  worker_spi worker 1: count in postgres\.schema1\.counted is now 0$/m,
 		$offset),
 	'a total that comes to nothing is logged like any other');
-wait_for_nap($node, 1);
-is( $node->safe_psql(
-		'postgres',
-		"SELECT n_tup_ins, n_tup_upd, n_tup_del FROM pg_stat_user_tables
-		 WHERE relid = 'schema1.counted'::regclass"),
-	'20|1|19',
+wait_for_statistics();
+is($node->safe_psql('postgres', $changes),
+	"counted|19|0|19\nstuck|0|0|0\ntotal|1|1|0",
 	'the statistics show the update of the total');
 is( $node->safe_psql(
 		'postgres',
@@ -129,14 +159,13 @@ is( $node->safe_psql(
 
 # worker 2 gets keys while it runs
 $offset = -s $node->logfile;
-new_table($node, 2, <<EOC);
-CREATE TABLE %t (type text, value bigint, page int);
-CREATE UNIQUE INDEX ON %t (page) NULLS NOT DISTINCT WHERE type = 'total';
+new_table($node, 2, <<EOC, key => 'PRIMARY KEY (page)');
+CREATE TABLE %t (type text, value bigint, page int NOT NULL);
 INSERT INTO %t SELECT 'delta', i, i % 12 FROM generate_series(1, 1000) i
 EOC
-fold($node, 2);
+folds($node, 2);
 ok( $node->log_contains(
-		qr/LOG:  worker_spi worker 2: folded 1000 rows into 12 totals of schema2\.counted$/m,
+		qr/LOG:  worker_spi worker 2: folded 1000 rows into 12 totals of postgres\.schema2\.counted$/m,
 		$offset),
 	'with keys the log has the number of rows and totals');
 
@@ -149,28 +178,38 @@ my $idle_cycles = 'SELECT count(*) FILTER (WHERE worker_spi_fold(1)),
 		count(*) FILTER (WHERE worker_spi_fold(2))
 	FROM generate_series(1, 100)';
 $node->safe_psql('postgres', $_) foreach $idle_cycles, $state;
+
+# The blocks of the totals that were read.
+sub blocks_of_totals
+{
+	wait_for_statistics();
+	return $node->safe_psql('postgres',
+		"SELECT relid::regclass, heap_blks_read + heap_blks_hit, idx_blks_read + idx_blks_hit
+		 FROM pg_statio_user_tables WHERE relname = 'total' ORDER BY relid::regclass::text");
+}
+my $blocks = blocks_of_totals();
+like($blocks, qr/^schema1\.total\|[1-9]\d*\|[1-9]\d*\nschema2\.total\|[1-9]\d*\|[1-9]\d*$/,
+	'a fold reads blocks of the totals');
 $offset = -s $node->logfile;
 my $before = $node->safe_psql('postgres', $state);
 is($node->safe_psql('postgres', $idle_cycles),
 	'100|100', '200 cycles without a delta');
 is($node->safe_psql('postgres', $state),
 	$before, 'take no transaction id and write no WAL');
-ok(!$node->log_contains(qr/worker_spi worker/, $offset), 'nor a log line');
-is(worker($node, 1, 'fold_count'), '2', 'nor count as folds');
+is(blocks_of_totals(), $blocks, 'read no block of the totals');
+ok(!$node->log_contains(qr/worker_spi worker/, $offset), 'write no log line');
+is(worker($node, 1, 'fold_count'), '2', 'and do not count as folds');
 
 # ------------------------------------------------------------------------
 # Reload
 # ------------------------------------------------------------------------
-my $folded = "(SELECT count(*) FROM schema1.counted WHERE type = 'delta') = 0";
 $node->safe_psql('postgres', "INSERT INTO schema1.counted VALUES ('delta', 1)");
 $node->append_conf('postgresql.conf', 'worker_spi.naptime = 1');
 $node->reload;
-$node->poll_query_until('postgres', "SELECT $folded")
-  or die 'no fold after naptime was lowered';
+wait_for_fold($node, 1);
 pass('a lower naptime takes effect in a nap');
 $node->safe_psql('postgres', "INSERT INTO schema1.counted VALUES ('delta', 1)");
-$node->poll_query_until('postgres', "SELECT $folded")
-  or die 'no fold after a nap';
+wait_for_fold($node, 1);
 is($node->safe_psql('postgres', 'TABLE schema1.counted'),
 	'total|2', 'and deltas are folded when it is over');
 
@@ -221,8 +260,8 @@ $node->poll_query_until(
   or die 'workers did not move';
 pass('a reload moves the static workers to another database and role');
 is( $node->safe_psql('other',
-		"SELECT relowner::regrole FROM pg_class
-		 WHERE oid = 'schema1.counted'::regclass"),
+		"SELECT DISTINCT relowner::regrole FROM pg_class
+		 WHERE relname IN ('counted', 'total', 'stuck')"),
 	'regress_static',
 	'and there they work as that role');
 $node->safe_psql('other', "INSERT INTO schema1.counted VALUES ('delta', 9)");
@@ -232,12 +271,11 @@ is($node->safe_psql('other', 'SELECT worker_spi_fold(1)'),
 	't', 'an omitted database is that of the caller');
 is($node->safe_psql('other', 'TABLE schema1.counted'),
 	'total|9', 'where deltas are folded');
-is( $node->safe_psql('postgres',
-		"SELECT count(*) FROM schema1.counted WHERE type = 'delta'"),
-	'1',
-	'but no longer in the old one');
-is($node->safe_psql('postgres', 'SELECT worker_spi_fold(1)'),
-	'f', 'which has no such worker any more');
+is(deltas($node, 1), '1', 'but no longer in the old one');
+my ($ret, $out, $err) = $node->psql('postgres', 'SELECT worker_spi_fold(1)');
+is($out, 'f', 'which has no such worker any more');
+like($err, qr/WARNING:  there is no worker with index 1 in database "postgres"$/m,
+	'as a warning says');
 
 $node->append_conf('postgresql.conf',
 	"worker_spi.database = 'postgres'\nworker_spi.role = ''");
@@ -323,7 +361,7 @@ SELECT worker_spi_fold(3);
 EOQ
 	is( $node->safe_psql(
 			'postgres',
-			"SELECT count(*) FROM schema3.counted WHERE type = 'delta'
+			"SELECT count(*) FROM ONLY schema3.counted
 			 UNION ALL
 			 SELECT count(*) FROM pg_stat_statements
 			 WHERE query LIKE 'INSERT INTO schema3.counted%'"),

@@ -46,14 +46,12 @@ DECLARE
 	rounds int := 0;
 BEGIN
 	LOOP
-		INSERT INTO seen SELECT ctid, xmin FROM schema1.counted
-			WHERE type = 'delta';
+		INSERT INTO seen SELECT ctid, xmin FROM ONLY schema1.counted;
 		rounds := rounds + FOUND::int;
 		COMMIT;
 		PERFORM worker_spi_fold(1);
 		committed_left := committed_left OR EXISTS (
-			SELECT FROM schema1.counted AS t JOIN seen ON c = t.ctid AND x = t.xmin
-			WHERE type = 'delta');
+			SELECT FROM ONLY schema1.counted AS t JOIN seen ON c = t.ctid AND x = t.xmin);
 		SELECT coalesce(sum(value), 0) INTO after FROM schema1.counted;
 		decreased := decreased OR after < before;
 		before := after;
@@ -89,25 +87,36 @@ $node->poll_query_until('postgres',
   or die 'no fold';
 is($node->safe_psql('postgres', 'TABLE schema1.counted'),
 	'total|4001', 'is done nevertheless');
-is( $node->safe_psql(
-		'postgres',
-		'SELECT worker_spi_fold(99), worker_spi_fold(99, wait => false), worker_spi_stop(99)'),
-	'f|f|f',
-	'there is no worker 99');
+
+# ------------------------------------------------------------------------
+# Nobody
+# ------------------------------------------------------------------------
+$node->safe_psql('postgres', 'CREATE DATABASE quiet');
+my $quiet = database_oid($node, 'quiet');
+foreach my $case ([ '99', 99, 'postgres' ], [ "1, $quiet", 1, 'quiet' ])
+{
+	my ($worker, $index, $db) = @$case;
+	foreach my $call ("worker_spi_fold($worker)",
+		"worker_spi_fold($worker, wait => false)", "worker_spi_stop($worker)")
+	{
+		my ($ret, $out, $err) = $node->psql('postgres', "SELECT $call");
+		is($out, 'f', "there is no such worker: $call");
+		like($err, qr/WARNING:  there is no worker with index $index in database "$db"$/m,
+			'as a warning says');
+	}
+}
 
 # ------------------------------------------------------------------------
 # Many who wait, one cycle.  In a database where nobody else works, each of
 # the worker's cycles without a delta is one commit.  A stopped process reads no
 # requests.
 # ------------------------------------------------------------------------
-$node->safe_psql('postgres', 'CREATE DATABASE quiet');
-my $quiet = database_oid($node, 'quiet');
 $node->safe_psql('postgres', "SELECT worker_spi_launch(3, $quiet)");
 $node->safe_psql('quiet', "INSERT INTO schema3.counted VALUES ('delta', 1)");
 $node->poll_query_until('postgres',
 	"SELECT count(*) = 1 FROM pg_stat_activity WHERE datname = 'quiet'")
   or die 'somebody else is in the database';
-$node->safe_psql('postgres', "SELECT worker_spi_fold(3, $quiet)");
+folds($node, 3, 'a worker folds in a database of its own', 'quiet');
 wait_for_nap($node, 3);
 my $pid = worker($node, 3, 'pid');
 my $commits =
@@ -148,12 +157,16 @@ is( worker(
 		"state, last_sqlstate, last_error <> '', stuck_rows, failed_count"),
 	'idle|22003|t|1|0',
 	'which is in the view, and no failure of the cycle');
-ok($node->log_contains(qr/schema1\.counted.*22003|22003.*schema1\.counted/, $offset),
+ok( $node->log_contains(
+		qr/LOG:  worker_spi worker 1: the count in postgres\.schema1\.counted is stuck: bigint out of range \(SQLSTATE 22003\)$/m,
+		$offset),
 	'and in the log');
-is( $node->safe_psql('postgres',
-		"SELECT count(*) FROM schema1.counted WHERE type = 'delta'"),
-	'1',
-	'the delta is kept');
+is(deltas($node, 1), '0', 'the delta is in nobody\'s way');
+is( $node->safe_psql(
+		'postgres',
+		'SELECT type, value, sqlstate, reason, since <= now() FROM schema1.stuck'),
+	'delta|9223372036854775807|22003|bigint out of range|t',
+	'but kept, with what is wrong with it');
 $node->safe_psql('postgres',
 	"INSERT INTO schema1.counted VALUES ('delta', -9223372036854775807)");
 is($node->safe_psql('postgres', 'SELECT worker_spi_fold(1)'),
@@ -161,6 +174,10 @@ is($node->safe_psql('postgres', 'SELECT worker_spi_fold(1)'),
 is($node->safe_psql('postgres', 'TABLE schema1.counted'),
 	'total|4001', 'with the right total');
 is(worker($node, 1, 'stuck_rows'), '0', 'and nothing is stuck any more');
+ok( $node->log_contains(
+		qr/LOG:  worker_spi worker 1: the count in postgres\.schema1\.counted is no longer stuck$/m,
+		$offset),
+	'as the log says');
 
 $node->safe_psql('postgres', <<EOQ);
 ALTER TABLE schema1.counted RENAME value TO amount;
@@ -168,12 +185,13 @@ INSERT INTO schema1.counted VALUES ('delta', 1);
 EOQ
 $offset = -s $node->logfile;
 error_is($node, 'postgres', 'SELECT worker_spi_fold(1)',
-	'42703', qr/value/, 'whoever waits gets the error of the cycle');
+	'42P16', qr/"postgres\.schema1\.counted" has no measure/,
+	'whoever waits gets the error of the cycle');
 is( worker(
 		$node, 1,
 		"state, last_sqlstate, failed_count > 0,
 			last_failed_time BETWEEN worker_start AND now()"),
-	'backoff|42703|t|t',
+	'backoff|42P16|t|t',
 	'which is in the view');
 $node->poll_query_until('postgres', <<EOQ) or die 'no next try';
 SELECT next_fold_time BETWEEN last_failed_time
@@ -181,7 +199,8 @@ SELECT next_fold_time BETWEEN last_failed_time
 FROM worker_spi_workers WHERE index = 1
 EOQ
 pass('with the time of the next try');
-ok($node->log_contains(qr/ERROR:  .*value/, $offset), 'and in the log');
+ok($node->log_contains(qr/ERROR:  table "postgres\.schema1\.counted" has no measure$/m, $offset),
+	'and in the log');
 $node->safe_psql('postgres',
 	'ALTER TABLE schema1.counted RENAME amount TO value');
 is($node->safe_psql('postgres', 'SELECT worker_spi_fold(1)'),
@@ -211,7 +230,7 @@ $node->poll_query_until('postgres',
 	"SELECT state = 'idle' AND restart_count = 1 FROM worker_spi_workers
 	 WHERE index = 1")
   or die 'worker 1 did not come back';
-fold($node, 1);
+folds($node, 1);
 is(worker($node, 1, "pid <> $pid AND worker_start > '$start'"),
 	't', 'the server has started it again');
 is(worker($node, 1, $counters =~ s/, last.*//r),
@@ -221,14 +240,15 @@ is(worker($node, 2, 'restart_count'), '0', 'the other was not restarted');
 
 # ------------------------------------------------------------------------
 # A long cycle.  The trigger holds it up, for as long as somebody has the
-# advisory lock 42, in the transaction that brings the total above 150,000, and
-# shows by another lock that it is there.
+# advisory lock 42, in the transaction that brings the total above 200,000, and
+# shows by lock 45 that it is there.  The first share takes 1024 blocks at most,
+# which have fewer rows.
 # ------------------------------------------------------------------------
 $node->safe_psql('postgres', <<EOQ);
 CREATE FUNCTION gate() RETURNS trigger LANGUAGE plpgsql AS \$\$
 BEGIN
-	IF new.value > 150000 THEN
-		PERFORM pg_advisory_xact_lock(44);
+	IF new.value > 200000 THEN
+		PERFORM pg_advisory_xact_lock(45);
 		WHILE EXISTS (
 			SELECT FROM pg_locks WHERE locktype = 'advisory' AND objid = 42)
 		LOOP
@@ -238,9 +258,9 @@ BEGIN
 END
 \$\$;
 TRUNCATE schema2.counted;
-CREATE TRIGGER gate AFTER INSERT OR UPDATE ON schema2.counted
-	FOR EACH ROW WHEN (new.type = 'total') EXECUTE FUNCTION gate();
-ALTER TABLE schema2.counted ENABLE ALWAYS TRIGGER gate;
+CREATE TRIGGER gate AFTER INSERT OR UPDATE ON schema2.total
+	FOR EACH ROW EXECUTE FUNCTION gate();
+ALTER TABLE schema2.total ENABLE ALWAYS TRIGGER gate;
 INSERT INTO schema2.counted SELECT 'delta', 1 FROM generate_series(1, 300000);
 EOQ
 $holder->query_safe('SELECT pg_advisory_lock(42)');
@@ -248,17 +268,15 @@ $before = worker($node, 2, 'fold_count');
 $node->safe_psql('postgres', 'SELECT worker_spi_fold(2, wait => false)');
 $node->poll_query_until('postgres', <<EOQ) or die 'the gate was not reached';
 SELECT query LIKE '%schema2.counted%' AND a.state = 'active'
-	AND backend_xid IS NOT NULL AND objid = 44
+	AND backend_xid IS NOT NULL AND objid = 45
 FROM worker_spi_workers JOIN pg_stat_activity AS a USING (pid)
 	JOIN pg_locks USING (pid)
 WHERE index = 2 AND locktype = 'advisory'
 EOQ
 is(worker($node, 2, "state, folded_rows BETWEEN 1 AND 299999, fold_count - $before"),
 	'folding|t|0', 'the view shows the progress of a long cycle');
-is(worker($node, 2, 'folded_rows'),
-	$node->safe_psql('postgres',
-		"SELECT value FROM schema2.counted WHERE type = 'total'"),
-	'which is what it has committed');
+is(worker($node, 2, 'folded_rows = (SELECT value FROM schema2.total)'),
+	't', 'which is what it has committed');
 is(total($node, 2), '300000', 'and the sum is right in the midst of it');
 
 # stop it there
@@ -269,10 +287,7 @@ ok(!kill(0, $pid), 'and then its process is gone');
 is(worker($node, 2, 'kind, state, pid'), 'static|stopped|',
 	'it stays in the view, since it is a static one');
 is(total($node, 2), '300000', 'the sum is right');
-cmp_ok(
-	$node->safe_psql(
-		'postgres', "SELECT count(*) FROM schema2.counted WHERE type = 'delta'"),
-	'>', 0, 'though not all is folded');
+cmp_ok(deltas($node, 2), '>', 0, 'though not all is folded');
 error_is($node, 'postgres', 'SELECT worker_spi_fold(2)', '55000', qr/./,
 	'it does not fold any more');
 
@@ -315,7 +330,7 @@ $holder->query_safe('SELECT pg_advisory_unlock(44)');
 
 # Somebody who waits for a fold learns that the worker was stopped.
 $pid = $node->safe_psql('postgres', 'SELECT worker_spi_launch(2)');
-$node->safe_psql('postgres', 'SELECT worker_spi_fold(2)');
+folds($node, 2, 'a worker that was stopped with a delta left folds it');
 kill 'STOP', $pid or die "kill: $!";
 $waiter = start_psql($node, 'postgres', 'waiter', 'SELECT worker_spi_fold(2)');
 wait_for_psql($waiter);
@@ -350,13 +365,12 @@ is(notifications(1, "VALUES ('delta', 17)"),
 reload_settings($node, 'worker_spi.notify = on', 1, 2);
 is(notifications(1, "VALUES ('delta', 10), ('delta', -10)"),
 	'schema1.counted 17, end', 'with notify on there is one for each fold');
-is( notifications(2, "SELECT 'delta', 1 FROM generate_series(1, 300000)"),
-	'schema2.counted 300000, end',
-	'and one only for a cycle of several transactions');
-new_table($node, 2, <<EOC);
-CREATE TABLE %t (type text, value bigint, page int);
-CREATE UNIQUE INDEX ON %t (page) NULLS NOT DISTINCT WHERE type = 'total'
-EOC
+like(
+	notifications(2, "SELECT 'delta', 1 FROM generate_series(1, 300000)"),
+	qr/^(schema2\.counted \d+, )+schema2\.counted 300000, end$/,
+	'and one for each transaction of a long one');
+new_table($node, 2, 'CREATE TABLE %t (type text, value bigint, page int NOT NULL)',
+	key => 'PRIMARY KEY (page)');
 is( notifications(2, "SELECT 'delta', 1, i % 12 FROM generate_series(1, 100) i"),
 	'schema2.counted, end',
 	'with keys it names the table alone');

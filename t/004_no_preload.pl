@@ -55,10 +55,10 @@ wait_for_fold($node, 1);
 is($node->safe_psql('postgres', 'TABLE schema1.counted'),
 	'total|55', 'it folds after each nap');
 ok( $node->log_contains(
-		qr/LOG:  worker_spi dynamic worker 1 initialized with schema1\.counted$/m),
+		qr/LOG:  worker_spi dynamic worker 1 initialized with postgres\.schema1\.counted$/m),
 	'and logs its start');
 $node->wait_for_log(
-	qr/LOG:  worker_spi dynamic worker 1: count in schema1\.counted is now 55$/m);
+	qr/LOG:  worker_spi dynamic worker 1: count in postgres\.schema1\.counted is now 55$/m);
 pass('and its folds');
 
 error_is($node, 'postgres', 'SELECT worker_spi_launch(1)',
@@ -89,7 +89,7 @@ $node->safe_psql('postgres', <<EOQ);
 ALTER TABLE schema1.counted RENAME value TO amount;
 INSERT INTO schema1.counted VALUES ('delta', 0);
 EOQ
-$node->wait_for_log(qr/ERROR:  .*"value"/);
+$node->wait_for_log(qr/ERROR:  .*schema1\.counted" has no measure/);
 $node->safe_psql('postgres',
 	'ALTER TABLE schema1.counted RENAME amount TO value');
 wait_for_fold($node, 1);

@@ -1,5 +1,5 @@
-# Dump and restore, pg_upgrade, and the move from the sample's one-argument
-# worker_spi_launch() and integer table.
+# Dump and restore, also over the tables of a worker that runs; pg_upgrade; and the
+# move from the sample's one-argument worker_spi_launch() and integer table.
 #
 # It waits for launches and for worker_spi_fold(), and for the state of the
 # workers of a new server.
@@ -27,23 +27,35 @@ GRANT SELECT ON worker_spi_workers TO regress_reader;
 CREATE DATABASE restored;
 CREATE SCHEMA schema5
 	CREATE TABLE counted (type text, value bigint, page text)
-	CREATE UNIQUE INDEX ON counted (page) NULLS NOT DISTINCT WHERE type = 'total';
+	CREATE TABLE total (UNIQUE NULLS NOT DISTINCT (page)) INHERITS (counted);
 INSERT INTO schema5.counted VALUES ('delta', 1, 'a'), ('delta', 2, NULL);
 INSERT INTO schema1.counted SELECT 'delta', i FROM generate_series(1, 10) i;
 SELECT worker_spi_launch(5), worker_spi_fold(5), worker_spi_fold(1);
 CREATE TRIGGER wake AFTER INSERT ON schema5.counted
 	FOR EACH STATEMENT EXECUTE FUNCTION worker_spi_wake();
 EOQ
-# a delta that is not folded when the dump is made
-$node->safe_psql('postgres', "INSERT INTO schema1.counted VALUES ('delta', 100)");
+# deltas that are not folded, and some that cannot be, when the dump is made
+$node->safe_psql('postgres', <<EOQ);
+INSERT INTO schema1.counted VALUES ('delta', 100);
+INSERT INTO schema5.counted
+SELECT 'delta', 9223372036854775807, 'large' FROM generate_series(1, 2);
+EOQ
+error_is($node, 'postgres', 'SELECT worker_spi_fold(5)', '22003', qr/./,
+	'one key is stuck');
 
 my $tables = <<EOQ;
-SELECT 1 AS n, type, value, '' AS page FROM schema1.counted
-UNION ALL SELECT 5, type, value, page FROM schema5.counted ORDER BY n, value;
-SELECT n.nspname, c.reloptions, pg_get_indexdef(i.indexrelid)
-FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
-	JOIN pg_index i ON indrelid = c.oid
-WHERE relname = 'counted' ORDER BY 1;
+SELECT tableoid::regclass::text, type, value, '' AS page FROM schema1.counted
+UNION ALL SELECT tableoid::regclass::text, type, value, page FROM schema5.counted
+ORDER BY 1, 2, 3;
+SELECT sqlstate, reason, since FROM schema5.stuck;
+SELECT c.oid::regclass::text, reloptions, relreplident, inhparent::regclass,
+	pg_get_indexdef(indexrelid)
+FROM pg_class c
+	LEFT JOIN pg_inherits ON inhrelid = c.oid
+	LEFT JOIN pg_index ON indrelid = c.oid
+WHERE relnamespace IN ('schema1'::regnamespace, 'schema5'::regnamespace)
+	AND relkind = 'r'
+ORDER BY 1;
 SELECT pg_get_expr(adbin, adrelid) FROM pg_attrdef WHERE adrelid = 'schema1.counted'::regclass;
 SELECT has_function_privilege('regress_reader', 'worker_spi_fold(int, oid, bool)', 'EXECUTE'),
 	has_table_privilege('regress_reader', 'worker_spi_workers', 'SELECT'),
@@ -61,20 +73,72 @@ is($node->safe_psql('restored', $tables),
 my $restored = database_oid($node, 'restored');
 is( $node->safe_psql(
 		'restored',
-		"SELECT worker_spi_launch(n, $restored) > 0, worker_spi_fold(n, $restored)
-		 FROM (VALUES (1), (5)) AS v (n)"),
-	"t|t\nt|t",
+		"SELECT worker_spi_launch(n, $restored) > 0 FROM (VALUES (1), (5)) AS v (n)"),
+	"t\nt",
 	'workers adopt the restored tables');
+folds($node, 1, 'one folds', 'restored');
 is($node->safe_psql('restored', 'TABLE schema1.counted'),
-	'total|155', 'and fold what was in the dump');
-$node->safe_psql('restored',
-	"INSERT INTO schema5.counted VALUES ('delta', 10, 'a'), ('delta', 10, NULL)");
-$node->safe_psql('restored', "SELECT worker_spi_fold(5, $restored)");
+	'total|155', 'what was in the dump');
+error_is($node, 'restored', 'SELECT worker_spi_fold(5)', '22003', qr/./,
+	'what was stuck is stuck here, too');
+$node->safe_psql('restored', <<EOQ);
+INSERT INTO schema5.counted VALUES ('delta', 10, 'a'), ('delta', 10, NULL),
+	('delta', -9223372036854775807, 'large');
+EOQ
+folds($node, 5, 'until a delta makes good for it', 'restored');
 is( $node->safe_psql(
 		'restored', 'SELECT * FROM schema5.counted ORDER BY page'),
-	"total|11|a\ntotal|12|",
-	'into the totals that were in it');
+	"total|11|a\ntotal|9223372036854775807|large\ntotal|12|",
+	'all goes into the totals that were in the dump');
 is(total($node, 1), '155', 'the original is as it was');
+
+# ------------------------------------------------------------------------
+# Over the tables of a worker that runs
+# ------------------------------------------------------------------------
+# A session has them fold without a pause.
+$node->safe_psql('restored', "INSERT INTO schema1.counted VALUES ('delta', 1000)");
+my $pid = worker($node, 1, 'pid', 'restored');
+my $asker = start_psql($node, 'postgres', 'asker', <<EOQ);
+DO \$\$
+BEGIN
+	LOOP
+		PERFORM worker_spi_fold(1, $restored, wait => false),
+			worker_spi_fold(5, $restored, wait => false);
+		COMMIT;
+	END LOOP;
+END
+\$\$
+EOQ
+$node->poll_query_until('postgres',
+	"SELECT count(*) = 1 FROM pg_stat_activity WHERE application_name = 'asker' AND state = 'active'")
+  or die 'nobody asks for folds';
+$node->command_ok(
+	[ 'pg_restore', '--exit-on-error', '--clean', '-d', 'restored', $dump ],
+	'the dump is restored once more, over tables that workers fold');
+$node->safe_psql('postgres',
+	"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'asker'");
+finish_psql($asker);
+folds($node, 1, 'the worker goes on', 'restored');
+is($node->safe_psql('restored', 'TABLE schema1.counted'),
+	'total|155', 'from the same count');
+is( $node->safe_psql('restored', 'SELECT sum(value), count(*) FROM schema5.stuck'),
+	'18446744073709551614|2', 'what is stuck is as it was');
+is(worker($node, 1, 'pid', 'restored'), $pid, 'by the same process');
+
+# Rows alone: what they say of themselves is where they go.
+is( $node->safe_psql('restored', 'SELECT worker_spi_stop(1), worker_spi_stop(5)'),
+	't|t', 'for a restore of data alone the workers are stopped');
+$node->safe_psql('restored', 'TRUNCATE schema1.counted, schema5.counted');
+$node->command_ok(
+	[ 'pg_restore', '--exit-on-error', '--data-only', '-d', 'restored', $dump ],
+	'and the data are restored');
+is($node->safe_psql('restored', $tables),
+	$original, 'each table has the rows that it had');
+is( $node->safe_psql('restored',
+		'SELECT worker_spi_launch(1) > 0, worker_spi_launch(5) > 0'),
+	't|t', 'the workers are launched again');
+folds($node, 1, 'and fold', 'restored');
+is($node->safe_psql('restored', 'TABLE schema1.counted'), 'total|155', 'to the same count');
 
 # ------------------------------------------------------------------------
 # What psql shows of it
@@ -91,7 +155,8 @@ my $table = $node->safe_psql('restored',
 like($table, $_, "\\d+ shows the restored table: $_")
   foreach qr/^type\|text\|\|not null\|'delta'::text\|/m,
   qr/^value\|bigint\|\|not null\|\|/m,
-  qr/"counted_type_idx" UNIQUE, btree \(type\) WHERE type = 'total'::text/,
+  qr/^Child tables:\s+schema1\.stuck,?\s+schema1\.total$/m,
+  qr/^Replica Identity: FULL$/m,
   qr/autovacuum_vacuum_scale_factor=0/;
 
 # ------------------------------------------------------------------------
@@ -125,10 +190,9 @@ is($node->safe_psql('sample', 'TABLE schema4.counted'),
 	'total|1037', 'with its total and its deltas');
 is( $node->safe_psql(
 		'sample',
-		"SELECT pg_get_indexdef(indexrelid) FROM pg_index
-		 WHERE indrelid = 'schema4.counted'::regclass"),
-	"CREATE UNIQUE INDEX counted_unique_total ON schema4.counted USING btree (type) WHERE (type = 'total'::text)",
-	'and its index');
+		"SELECT type, value, pg_typeof(value) FROM schema4.total"),
+	'total|1037|integer',
+	'which are deltas of a table of totals now');
 # all the ways in which versions of the sample are called
 is( $node->safe_psql(
 		'postgres', "SELECT worker_spi_launch(21) > 0,
@@ -180,9 +244,9 @@ is($new->safe_psql('postgres', 'TABLE schema1.counted'),
 	'total|1155', 'and goes on from its total');
 is($new->safe_psql('sample', 'TABLE schema4.counted'),
 	'total|1037', 'other tables have been moved as well');
-is( $new->safe_psql('postgres',
-		'SELECT worker_spi_launch(5) > 0, worker_spi_fold(5)'),
-	't|t',
-	'and the functions work');
+is($new->safe_psql('postgres', 'SELECT worker_spi_launch(5) > 0'),
+	't', 'the functions work');
+error_is($new, 'postgres', 'SELECT worker_spi_fold(5)', '22003', qr/./,
+	'and what was stuck still is');
 
 done_testing();

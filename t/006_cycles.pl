@@ -16,11 +16,12 @@ my $node = new_node('cycles', <<EOC);
 worker_spi.total_workers = 1
 worker_spi.notify = on
 EOC
-$node->safe_psql('postgres', 'SELECT worker_spi_fold(1)');
+fold($node, 1);
 
 # The second transaction of a fold fails with this SQLSTATE: once, or "= 2", or
 # with all that come after it, ">= 2".  A sequence counts what is rolled back,
-# too.
+# too.  The deltas have long types, so that they are on 2000 pages: a process
+# that is new to the table takes half of them at once.
 sub fail_second_transaction
 {
 	my ($sqlstate, $which) = @_;
@@ -41,7 +42,8 @@ DROP TRIGGER IF EXISTS fail_second ON schema1.counted;
 CREATE TRIGGER fail_second AFTER DELETE ON schema1.counted
 	EXECUTE FUNCTION fail_second();
 ALTER TABLE schema1.counted ENABLE ALWAYS TRIGGER fail_second;
-INSERT INTO schema1.counted SELECT 'delta', 1 FROM generate_series(1, 200000);
+TRUNCATE ONLY schema1.counted;
+INSERT INTO schema1.counted SELECT repeat('x', 1500), 1 FROM generate_series(1, 10000);
 EOQ
 	return;
 }
@@ -63,15 +65,17 @@ my ($ret, $out, $err) = $node->psql('postgres',
 	"LISTEN worker_spi;\nSELECT worker_spi_fold(1);\nSELECT 1;");
 is($ret, 0, 'a cycle whose second transaction has to be tried again succeeds');
 my @notified = $out =~ /payload "(.*?)"/g;
-is("@notified", 'schema1.counted 200000', 'it notifies once');
-is(counts_in_log($offset), 'count in schema1.counted is now 200000',
-	'and logs once');
+like(
+	"@notified",
+	qr/^schema1\.counted \d+ schema1\.counted 10000$/,
+	'it notifies once for each transaction that goes through');
+is(counts_in_log($offset), 'count in postgres.schema1.counted is now 10000',
+	'it logs once');
 is(worker($node, 1, "concat_ws(' ', fold_count, folded_rows, failed_count)"),
-	'1 200000 0', 'it counts as one, with the rows of both tries');
+	'1 10000 0', 'it counts as one, with the rows of both tries');
 
 # ------------------------------------------------------------------------
-# Failed: what was committed before is folded, logged and counted, and
-# notified with the next cycle.
+# Failed: what was committed before is folded, notified, logged and counted.
 # ------------------------------------------------------------------------
 # Another process, which knows no more than the first how much it can do at once.
 my $pid = worker($node, 1, 'pid');
@@ -82,32 +86,28 @@ $offset = -s $node->logfile;
 ($ret, $out, $err) = $node->psql('postgres',
 	"LISTEN worker_spi;\nSELECT worker_spi_fold(1);\nSELECT 1;");
 like($err, qr/ERROR:  second transaction/, 'a cycle fails in its second transaction');
-unlike($out, qr/payload/, 'it notifies nobody');
-my $total = $node->safe_psql('postgres',
-	"SELECT value FROM schema1.counted WHERE type = 'total'");
-cmp_ok($total, '>', 200000, 'its first transaction has folded a part');
-is(total($node, 1), '400000', 'the sum is right');
-is(counts_in_log($offset), "count in schema1.counted is now $total",
+my $total = $node->safe_psql('postgres', 'SELECT value FROM schema1.total');
+cmp_ok($total, '>', 10000, 'its first transaction has folded a part');
+is(total($node, 1), '20000', 'the sum is right');
+@notified = $out =~ /payload "(.*?)"/g;
+is("@notified", "schema1.counted $total", 'it notifies of that part');
+is(counts_in_log($offset), "count in postgres.schema1.counted is now $total",
 	'the log tells of that part');
 is(worker($node, 1, "concat_ws(' ', fold_count, folded_rows, failed_count > 0)"),
 	"2 $total t", 'and so does the view');
 
-# The worker may be faster than we are.
+# The worker may try again at any time.
 ($ret, $out, $err) = $node->psql('postgres', <<'EOQ');
 LISTEN worker_spi;
 BEGIN;
 DROP TRIGGER fail_second ON schema1.counted;
-DELETE FROM schema1.counted WHERE type = 'delta';
+DELETE FROM ONLY schema1.counted;
 COMMIT;
 SELECT worker_spi_fold(1);
 SELECT 1;
 EOQ
-@notified = $out =~ /payload "(.*?)"/g;
-is("@notified", "schema1.counted $total",
-	'the next cycle, which has nothing to fold, notifies of that part');
-($ret, $out, $err) = $node->psql('postgres',
-	"LISTEN worker_spi;\nSELECT worker_spi_fold(1);\nSELECT 1;");
-unlike($out, qr/payload/, 'and only of that');
+is($ret, 0, 'the next cycle has nothing to fold');
+unlike($out, qr/payload/, 'and notifies nobody');
 
 # ------------------------------------------------------------------------
 # A trigger that asks for the fold it is part of would wait for ever.
@@ -120,24 +120,20 @@ ALTER TABLE schema1.counted ENABLE ALWAYS TRIGGER ask;
 INSERT INTO schema1.counted VALUES ('delta', 1);
 EOQ
 error_is($node, 'postgres', 'SELECT worker_spi_fold(1)', '55000',
-	qr/./,
+	qr/worker/,
 	'a trigger cannot wait for the fold that has fired it');
 $node->safe_psql('postgres', 'DROP TRIGGER ask ON schema1.counted');
-is($node->safe_psql('postgres', 'SELECT worker_spi_fold(1)'),
-	't', 'without it, folding goes on');
+folds($node, 1, 'without it, folding goes on');
 
 # ------------------------------------------------------------------------
-# A table made anew with a column that is no key: the statements of the one
-# before are not run on it.
+# Tables made anew with a column that is no key: the statements of those before
+# are not run on them.
 # ------------------------------------------------------------------------
-$node->safe_psql('postgres', <<'EOQ');
-ALTER SCHEMA schema1 RENAME TO before;
-CREATE SCHEMA schema1;
-CREATE TABLE schema1.counted (type text, value bigint, place text);
-INSERT INTO schema1.counted VALUES ('delta', 1);
-EOQ
+new_table($node, 1, 'CREATE TABLE %t (type text, value bigint, place text)');
+$node->safe_psql('postgres', "INSERT INTO schema1.counted VALUES ('delta', 1)");
 error_is($node, 'postgres', 'SELECT worker_spi_fold(1)', '42P16',
-	qr/HINT:.*CREATE UNIQUE INDEX.*place/s, "$_ error is that of the new table")
+	qr/HINT:.*ADD UNIQUE NULLS NOT DISTINCT \(place\)/s,
+	"$_ error is that of the new table")
   foreach ('the first', 'the second');
 
 # ------------------------------------------------------------------------

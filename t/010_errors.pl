@@ -17,7 +17,7 @@ use t::WorkerSpi;
 # Small WAL segments, because the limit on the size of files that stands for
 # a full disk must leave room for them.
 my $node = new_node('errors', <<'EOC', extra => ['--wal-segsize=1']);
-worker_spi.total_workers = 12
+worker_spi.total_workers = 15
 autovacuum = off
 EOC
 
@@ -84,12 +84,13 @@ sub prepare
 	my ($index) = @_;
 	$node->safe_psql('postgres', <<EOQ);
 DELETE FROM schema$index.counted;
-INSERT INTO schema$index.counted VALUES ('total', 100), ('delta', 7);
+INSERT INTO schema$index.total VALUES ('total', 100);
+INSERT INTO schema$index.counted VALUES ('delta', 7);
 EOQ
 	return;
 }
 
-wait_for_state($node, $_, 'idle') for (1 .. 12);
+wait_for_state($node, $_, 'idle') for (1 .. 15);
 
 # ------------------------------------------------------------------------
 # Causes that come with one command and go with another; each has a worker of
@@ -108,14 +109,14 @@ my @cases = (
 		name => 'column type changed',
 		break => 'ALTER TABLE %s ALTER COLUMN value TYPE numeric',
 		mend => 'ALTER TABLE %s ALTER COLUMN value TYPE bigint',
-		sqlstate => '42804',
+		sqlstate => '42P16',
 		total => 107
 	},
 	{
 		name => 'column renamed',
 		break => 'ALTER TABLE %s RENAME COLUMN value TO amount',
 		mend => 'ALTER TABLE %s RENAME COLUMN amount TO value',
-		sqlstate => '42703',
+		sqlstate => '42P16',
 		total => 107
 	},
 	{
@@ -136,6 +137,36 @@ my @cases = (
 		total => 107
 	},
 	{
+		name => 'table renamed',
+		break => 'ALTER TABLE %s RENAME TO aside',
+		mend => 'ALTER TABLE %sx RENAME TO counted',
+		sqlstate => '42P01',
+		total => 107
+	},
+	{
+		name => 'totals renamed, and others in their place',
+		break => 'ALTER TABLE %n.total RENAME TO old_total;'
+		  . ' ALTER TABLE %n.old_total NO INHERIT %s;'
+		  . ' CREATE TABLE %n.total (LIKE %n.old_total INCLUDING ALL)',
+		mend => 'DROP TABLE %n.total; ALTER TABLE %n.old_total INHERIT %s',
+		sqlstate => '42P07',
+		total => 107
+	},
+	{
+		name => 'totals dropped',
+		break => 'DROP TABLE %n.total',
+		mend => 'CREATE TABLE %n.total (PRIMARY KEY (type)) INHERITS (%s)',
+		sqlstate => '42P01',
+		total => 7
+	},
+	{
+		name => 'table of what is stuck dropped',
+		break => 'DROP TABLE %n.stuck',
+		mend => 'CREATE TABLE %n.stuck (sqlstate text, reason text, since timestamptz) INHERITS (%s)',
+		sqlstate => '42P01',
+		total => 107
+	},
+	{
 		name => 'rule',
 		break => 'CREATE RULE keep AS ON DELETE TO %s DO INSTEAD NOTHING',
 		mend => 'DROP RULE keep ON %s',
@@ -149,10 +180,12 @@ my @cases = (
 		total => 107
 	});
 
-# %s is the worker's table, %sx the name to which a case has moved it.
+# %s is the worker's table, %sx the name to which a case has moved it, %n the
+# schema.
 sub fill_in
 {
 	my ($sql, $index) = @_;
+	$sql =~ s/%n/schema$index/g;
 	$sql =~ s/%sx/schema$index.aside/g;
 	$sql =~ s/%s/schema$index.counted/g;
 	return $sql;
@@ -196,16 +229,6 @@ foreach my $case (@cases)
 	prepare($index);
 }
 
-# These fail whenever their lock_timeout is over, while the others are looked at.
-foreach my $case (@locks)
-{
-	$case->{psql} = $node->background_psql('postgres');
-	$case->{psql}
-	  ->query_safe('BEGIN; ' . fill_in($case->{session}, $case->{index}));
-	$node->safe_psql('postgres',
-		"SELECT worker_spi_fold($case->{index}, wait => false)");
-}
-
 # Each call is a retry at once.
 foreach my $case (@quick)
 {
@@ -220,6 +243,15 @@ foreach my $case (@quick)
 
 check_recovery($_) foreach (@quick);
 
+# This one fails whenever its lock_timeout is over.
+foreach my $case (@locks)
+{
+	$case->{psql} = $node->background_psql('postgres');
+	$case->{psql}
+	  ->query_safe('BEGIN; ' . fill_in($case->{session}, $case->{index}));
+	$node->safe_psql('postgres',
+		"SELECT worker_spi_fold($case->{index}, wait => false)");
+}
 check_failure($_, 2) foreach (@locks);
 foreach my $case (@locks)
 {
@@ -250,52 +282,51 @@ check_recovery($_) foreach (@locks);
 # ------------------------------------------------------------------------
 # pg_cancel_backend()
 # ------------------------------------------------------------------------
-my $pid = worker($node, 10, 'pid');
-my $failed = worker($node, 10, 'failed_count');
+my $pid = worker($node, 13, 'pid');
+my $failed = worker($node, 13, 'failed_count');
 
 is($node->safe_psql('postgres', "SELECT pg_cancel_backend($pid)"),
 	't', 'an idle worker is cancelled');
-prepare(10);
-is($node->safe_psql('postgres', 'SELECT worker_spi_fold(10)'),
-	't', 'a cancel that came during the nap does not spoil the next cycle');
-is(worker($node, 10, 'failed_count'), $failed, 'and is no failure');
-is(worker($node, 10, 'pid'), $pid, 'and does not end the worker');
+prepare(13);
+folds($node, 13, 'a cancel that came during the nap does not spoil the next cycle');
+is(worker($node, 13, 'failed_count'), $failed, 'and is no failure');
+is(worker($node, 13, 'pid'), $pid, 'and does not end the worker');
 
 # The gate keeps the worker in its fold for as long as the test needs.
-prepare(10);
-add_gate($node, 10, 10);
+prepare(13);
+add_gate($node, 13, 13);
 $offset = -s $node->logfile;
 my $psql = $node->background_psql('postgres');
-$psql->query_safe('SELECT pg_advisory_lock(10)');
-$node->safe_psql('postgres', 'SELECT worker_spi_fold(10, wait => false)');
+$psql->query_safe('SELECT pg_advisory_lock(13)');
+$node->safe_psql('postgres', 'SELECT worker_spi_fold(13, wait => false)');
 $node->poll_query_until('postgres',
 	"SELECT wait_event_type = 'Lock' FROM pg_stat_activity WHERE pid = $pid")
-  or die 'worker 10 does not wait for the lock';
+  or die 'worker 13 does not wait for the lock';
 $node->safe_psql('postgres', "SELECT pg_cancel_backend($pid)");
-is((backoff(10, $failed + 1))[0],
+is((backoff(13, $failed + 1))[0],
 	'57014', 'a fold is cancelled, and the worker backs off');
-$psql->query_safe('SELECT pg_advisory_unlock(10)');
+$psql->query_safe('SELECT pg_advisory_unlock(13)');
 $psql->quit;
-recovers(10, $pid, 107, 'cancelled fold');
+recovers(13, $pid, 107, 'cancelled fold');
 is(errors_in_log($pid, $offset), 1, 'a cancelled fold is one ERROR in the log');
 
 # ------------------------------------------------------------------------
 # Serialization failure and deadlock: the other session has won, and the
-# worker tries again at once, so nobody sees a failure.
+# worker tries again at once, in the safe way, so nobody sees a failure.
 # ------------------------------------------------------------------------
 
-# SQL: wait until worker 11 waits for a lock.
+# SQL: wait until worker 14 waits for a lock.
 my $until_worker_waits = <<'EOQ';
 	LOOP
 		EXIT WHEN EXISTS (
 			SELECT FROM pg_locks JOIN worker_spi_workers USING (pid)
-			WHERE index = 11 AND NOT granted);
+			WHERE index = 14 AND NOT granted);
 	END LOOP;
 EOQ
 
-$pid = worker($node, 11, 'pid');
-prepare(11);
-$failed = worker($node, 11, 'failed_count');
+$pid = worker($node, 14, 'pid');
+prepare(14);
+$failed = worker($node, 14, 'failed_count');
 $offset = -s $node->logfile;
 
 # The worker waits for the total row, which then changes under its snapshot.
@@ -305,22 +336,21 @@ $psql->query_until(
 \\echo start
 DO \$\$
 BEGIN
-	UPDATE schema11.counted SET value = value + 1000 WHERE type = 'total';
-	PERFORM worker_spi_fold(11, wait => false);
+	UPDATE schema14.total SET value = value + 1000;
+	PERFORM worker_spi_fold(14, wait => false);
 	$until_worker_waits
 	COMMIT;
 END
 \$\$;
 EOQ
 $node->poll_query_until('postgres',
-	"SELECT wait_event_type = 'Lock' OR (SELECT count(*) = 1 FROM schema11.counted) FROM pg_stat_activity WHERE pid = $pid"
-) or die 'worker 11 does not fold';
-is($node->safe_psql('postgres', 'SELECT worker_spi_fold(11)'),
-	't', 'serialization failure: worker_spi_fold() gets the result of the retry');
+	"SELECT wait_event_type = 'Lock' OR (SELECT count(*) = 1 FROM schema14.counted) FROM pg_stat_activity WHERE pid = $pid"
+) or die 'worker 14 does not fold';
+folds($node, 14, 'serialization failure: worker_spi_fold() gets the result of the retry');
 $psql->quit;
-is($node->safe_psql('postgres', 'SELECT value FROM schema11.counted'),
+is($node->safe_psql('postgres', 'SELECT value FROM schema14.counted'),
 	'1107', 'serialization failure: both changes of the total are there');
-is(worker($node, 11, 'failed_count'),
+is(worker($node, 14, 'failed_count'),
 	$failed, 'serialization failure: the retry at once makes it no failed cycle');
 is(errors_in_log($pid, $offset),
 	0, 'serialization failure: nothing in the log');
@@ -328,33 +358,32 @@ is(errors_in_log($pid, $offset),
 # The worker waits for a row that the other session holds, which then wants one
 # that the worker holds.  The other session's check for deadlocks never comes, so
 # it is the worker that has to give up.
-prepare(11);
+prepare(14);
 $node->safe_psql('postgres', <<EOQ);
 DO \$\$
 BEGIN
 	SET LOCAL deadlock_timeout = '1h';
-	PERFORM FROM schema11.counted WHERE type = 'delta' FOR UPDATE;
-	PERFORM worker_spi_fold(11, wait => false);
+	PERFORM FROM ONLY schema14.counted FOR UPDATE;
+	PERFORM worker_spi_fold(14, wait => false);
 	$until_worker_waits
-	UPDATE schema11.counted SET value = value + 1000 WHERE type = 'total';
+	UPDATE schema14.total SET value = value + 1000;
 END
 \$\$;
 EOQ
 pass('a session that the worker blocks, and that blocks the worker, goes on');
-is($node->safe_psql('postgres', 'SELECT worker_spi_fold(11)'),
-	't', 'deadlock: the worker tries again');
-is($node->safe_psql('postgres', 'SELECT value FROM schema11.counted'),
+folds($node, 14, 'deadlock: the worker tries again');
+is($node->safe_psql('postgres', 'SELECT value FROM schema14.counted'),
 	'1107', 'deadlock: both changes of the total are there');
-is(worker($node, 11, 'pid'), $pid, 'deadlock: the worker lives');
+is(worker($node, 14, 'pid'), $pid, 'deadlock: the worker lives');
 
 # ------------------------------------------------------------------------
 # default_transaction_read_only comes and goes by reload.  It is met by a
 # worker that has to write: an idle one does not fail.
 # ------------------------------------------------------------------------
-$pid = worker($node, 11, 'pid');
-prepare(11);
+$pid = worker($node, 14, 'pid');
+prepare(14);
 $offset = -s $node->logfile;
-$failed = worker($node, 11, 'failed_count');
+$failed = worker($node, 14, 'failed_count');
 $node->append_conf('postgresql.conf', 'default_transaction_read_only = on');
 $node->reload;
 
@@ -362,85 +391,74 @@ $node->reload;
 # has something to fold.
 for (1 .. 1000)
 {
-	last if worker($node, 11, 'state') eq 'backoff';
+	last if worker($node, 14, 'state') eq 'backoff';
 	$node->safe_psql('postgres', <<'EOQ');
 SET default_transaction_read_only = off;
-INSERT INTO schema11.counted VALUES ('delta', 0);
-SELECT worker_spi_fold(11, wait => false);
+INSERT INTO schema14.counted VALUES ('delta', 0);
+SELECT worker_spi_fold(14, wait => false);
 EOQ
 }
-error_is($node, 'postgres', 'SELECT worker_spi_fold(11)',
+error_is($node, 'postgres', 'SELECT worker_spi_fold(14)',
 	'25006', qr/read-only transaction/,
 	'read-only transactions: worker_spi_fold() raises the error');
-(my $sqlstate, $failed, my $delay) = backoff(11, $failed + 2);
+(my $sqlstate, $failed, my $delay) = backoff(14, $failed + 2);
 is($sqlstate, '25006', 'read-only transactions: the worker backs off');
 is(errors_in_log($pid, $offset),
 	1, 'read-only transactions: several failures are one ERROR in the log');
 $node->adjust_conf('postgresql.conf', 'default_transaction_read_only', 'off');
 $node->reload;
-recovers(11, $pid, 107, 'read-only transactions');
+recovers(14, $pid, 107, 'read-only transactions');
 
+# A schema goes away, and comes back while somebody else has one of its name.
 # ------------------------------------------------------------------------
-# The table goes away
-# ------------------------------------------------------------------------
-$pid = worker($node, 12, 'pid');
-$failed = worker($node, 12, 'failed_count');
-prepare(12);
-$node->safe_psql('postgres', 'DROP TABLE schema12.counted');
-is($node->safe_psql('postgres', 'SELECT worker_spi_fold(12)'),
-	't', 'a dropped table is no error');
-is($node->safe_psql('postgres', 'SELECT count(*) FROM schema12.counted'),
-	'0', 'a dropped table is made again, empty');
-
-prepare(12);
-$node->safe_psql('postgres',
-	'ALTER TABLE schema12.counted RENAME TO old_counted');
-$node->safe_psql('postgres', 'SELECT worker_spi_fold(12)');
-$node->safe_psql('postgres',
-	"INSERT INTO schema12.counted VALUES ('delta', 3)");
-$node->safe_psql('postgres', 'SELECT worker_spi_fold(12)');
-is($node->safe_psql('postgres', 'TABLE schema12.counted'),
-	'total|3', 'a renamed table is made again, and folded');
-is( $node->safe_psql(
-		'postgres', 'SELECT * FROM schema12.old_counted ORDER BY value'),
-	"delta|7\ntotal|100",
-	'the renamed table is left alone');
+$pid = worker($node, 15, 'pid');
+prepare(15);
+$offset = -s $node->logfile;
+$node->safe_psql('postgres', 'ALTER SCHEMA schema15 RENAME TO pages');
+error_is($node, 'postgres', 'SELECT worker_spi_fold(15)',
+	'42P01', qr/table "postgres\.schema15\.counted" does not exist.*stop the worker and launch it again/s,
+	'a renamed schema is an error, which says how to have the tables made');
 $node->safe_psql('postgres', <<'EOQ');
-ALTER TABLE schema12.counted RENAME TO new_counted;
-ALTER TABLE schema12.old_counted RENAME TO counted;
+CREATE SCHEMA schema15;
+INSERT INTO pages.counted VALUES ('delta', 1);
 EOQ
-$node->safe_psql('postgres', 'SELECT worker_spi_fold(12)');
-is( $node->safe_psql(
-		'postgres', 'TABLE schema12.counted; TABLE schema12.new_counted'),
-	"total|107\ntotal|3",
-	'after renaming back, each table has its own count');
-is(worker($node, 12, 'failed_count'), $failed, 'none of this was a failed cycle');
-is(worker($node, 12, 'pid'), $pid, 'and the worker is the same process');
+error_is($node, 'postgres', 'SELECT worker_spi_fold(15)',
+	'42P01', qr/does not exist/, 'also with an empty one in its place');
+is( $node->safe_psql('postgres',
+		"SELECT count(*) FROM pg_class WHERE relnamespace = 'schema15'::regnamespace"),
+	'0',
+	'where nothing is made');
+is( $node->safe_psql('postgres', 'SELECT type, value FROM pages.counted ORDER BY value'),
+	"delta|1\ndelta|7\ntotal|100",
+	'and what was renamed is left alone');
+$node->safe_psql('postgres', 'DROP SCHEMA schema15; ALTER SCHEMA pages RENAME TO schema15');
+recovers(15, $pid, 108, 'schema renamed');
+is(errors_in_log($pid, $offset), 1, 'schema renamed: one ERROR in the log');
 
 # ------------------------------------------------------------------------
-# Disk full: a limit on the size of files, for the worker alone.  Thousands
-# of keys make it extend the table beyond the limit, which WAL does not reach.
+# Disk full: a limit on the size of files, for the worker alone.  Thousands of
+# keys make it extend the totals beyond the limit, which WAL does not reach.
 # ------------------------------------------------------------------------
 SKIP:
 {
-	skip 'prlimit is not there', 7
+	skip 'prlimit is not there', 8
 	  if system('prlimit --version >/dev/null 2>&1') != 0;
 
 	$node->safe_psql('postgres', <<'EOQ');
 CREATE SCHEMA schema20;
-CREATE TABLE schema20.counted (type text, value bigint, key int);
-CREATE UNIQUE INDEX ON schema20.counted (key) NULLS NOT DISTINCT WHERE type = 'total';
+CREATE TABLE schema20.counted (value bigint NOT NULL, key int NOT NULL);
+CREATE TABLE schema20.total (PRIMARY KEY (key)) INHERITS (schema20.counted);
 EOQ
 	$pid = $node->safe_psql('postgres', 'SELECT worker_spi_launch(20)');
 	$node->safe_psql('postgres', <<'EOQ');
-INSERT INTO schema20.counted SELECT 'delta', i, i FROM generate_series(1, 25000) AS i;
+INSERT INTO schema20.counted SELECT i, i FROM generate_series(1, 40000) AS i;
 EOQ
 	my $limit = 1024 * 1024;
 	cmp_ok(
 		$node->safe_psql(
 			'postgres', "SELECT pg_relation_size('schema20.counted')"),
-		'>=', $limit,
-		'disk full: the table is as large as its file may get');
+		'>', $limit,
+		'disk full: the totals of these deltas are larger than their file may get');
 	system_or_bail('prlimit', "--pid=$pid", "--fsize=$limit:");
 
 	$offset = -s $node->logfile;
@@ -451,39 +469,42 @@ EOQ
 	is(errors_in_log($pid, $offset),
 		1, 'disk full: two failures are one ERROR in the log');
 	is( $node->safe_psql(
-			'postgres', 'SELECT count(*), sum(value) FROM schema20.counted'),
-		'25000|312512500',
+			'postgres', 'SELECT sum(value) FROM schema20.counted'),
+		'800020000',
 		'disk full: nothing is lost, nothing is counted twice');
+	is($node->safe_psql('postgres', 'SELECT count(*) FROM schema20.stuck'),
+		'0', 'disk full: and nothing is stuck');
 	system_or_bail('prlimit', "--pid=$pid", '--fsize=unlimited:');
-	$node->poll_query_until('postgres',
-		"SELECT count(*) = 0 FROM schema20.counted WHERE type = 'delta'")
-	  or die 'worker 20 did not fold again';
+	wait_for_fold($node, 20);
 	is( $node->safe_psql(
-			'postgres', 'SELECT count(*), sum(value) FROM schema20.counted'),
-		'25000|312512500',
+			'postgres', 'SELECT count(*), sum(value) FROM schema20.total'),
+		'40000|800020000',
 		'disk full: all is folded by itself when there is space again');
 	is(worker($node, 20, 'pid'), $pid, 'disk full: by the same process');
 }
 
 # ------------------------------------------------------------------------
-# The owner of a table without an index may not make one in the schema.
+# The owner of deltas may not make the other tables in the schema.
 # ------------------------------------------------------------------------
 $node->safe_psql('postgres', <<'EOQ');
 CREATE ROLE regress_owner;
-GRANT USAGE ON SCHEMA schema11 TO regress_owner;
-DROP TABLE schema11.counted;
-CREATE TABLE schema11.counted (type text, value bigint);
-ALTER TABLE schema11.counted OWNER TO regress_owner;
-INSERT INTO schema11.counted VALUES ('delta', 11);
+CREATE SCHEMA schema21;
+GRANT USAGE ON SCHEMA schema21 TO regress_owner;
+CREATE TABLE schema21.counted (type text, value bigint);
+ALTER TABLE schema21.counted OWNER TO regress_owner;
+INSERT INTO schema21.counted VALUES ('delta', 14);
 EOQ
-error_is($node, 'postgres', 'SELECT worker_spi_fold(11)', '42501',
-	qr/no CREATE privilege on schema "schema11".*CREATE UNIQUE INDEX ON schema11\.counted \(type\)/s,
-	'who may not make the index is told so, and how to');
-is($node->safe_psql('postgres', <<'EOQ'), 't', 'with the privilege, the worker makes it');
-GRANT CREATE ON SCHEMA schema11 TO regress_owner;
-SELECT worker_spi_fold(11);
-EOQ
-is(rows($node, 11), 'total|11', 'and folds');
+error_is($node, 'postgres', 'SELECT worker_spi_launch(21)', '42501',
+	qr/owner of table "postgres\.schema21\.counted".*GRANT CREATE ON SCHEMA schema21 TO regress_owner/s,
+	'an owner who may not make tables is told so, and how to');
+nothing_left($node, 21, 'the launch has left nothing');
+$node->safe_psql('postgres', 'GRANT CREATE ON SCHEMA schema21 TO regress_owner; SELECT worker_spi_launch(21)');
+folds($node, 21, 'with the privilege, the worker makes them');
+is(rows($node, 21), 'total|14', 'and folds');
+is( $node->safe_psql('postgres',
+		"SELECT string_agg(tablename, ' ' ORDER BY tablename), min(tableowner), max(tableowner) FROM pg_tables WHERE schemaname = 'schema21'"),
+	'counted stuck total|regress_owner|regress_owner',
+	'and they belong to that owner');
 
 # ------------------------------------------------------------------------
 # The role of the static workers is dropped and made again.  What a process
@@ -495,30 +516,31 @@ ALTER SYSTEM SET worker_spi.role = 'regress_folder';
 SELECT pg_reload_conf();
 EOQ
 $node->poll_query_until('postgres', <<'EOQ') or die 'role was not taken over';
-SELECT count(*) = 12 FROM pg_stat_activity
+SELECT count(*) = 15 FROM pg_stat_activity
 WHERE backend_type = 'worker_spi' AND usename = 'regress_folder'
 EOQ
-wait_for_state($node, 12, 'idle');
-$pid = worker($node, 12, 'pid');
+wait_for_state($node, 15, 'idle');
+$pid = worker($node, 15, 'pid');
 $node->safe_psql('postgres', <<'EOQ');
 DROP ROLE regress_folder;
-DELETE FROM schema12.counted;
-INSERT INTO schema12.counted VALUES ('total', 100), ('delta', 7);
+DELETE FROM schema15.counted;
+INSERT INTO schema15.total VALUES ('total', 100);
+INSERT INTO schema15.counted VALUES ('delta', 7);
 EOQ
-error_is($node, 'postgres', 'SELECT worker_spi_fold(12)',
+error_is($node, 'postgres', 'SELECT worker_spi_fold(15)',
 	'55000', qr/./,
 	'a dropped role ends the process of a static worker');
-is(total($node, 12), '107', 'nothing is folded without the role');
+is(total($node, 15), '107', 'nothing is folded without the role');
 $node->poll_query_until('postgres', <<'EOQ') or die 'no failed restart';
 SELECT last_sqlstate = '28000' AND last_error LIKE '%regress_folder%'
-FROM worker_spi_workers WHERE index = 12
+FROM worker_spi_workers WHERE index = 15
 EOQ
 pass('a restart without the role fails, and the view says why');
 $node->safe_psql('postgres', 'CREATE ROLE regress_folder SUPERUSER LOGIN');
 $node->poll_query_until('postgres',
-	'SELECT count(*) = 1 AND min(value) = 107 FROM schema12.counted')
-  or die 'worker 12 did not come back';
-isnt(worker($node, 12, 'pid'), $pid, 'with the role, a new process folds what was left');
+	'SELECT count(*) = 1 AND min(value) = 107 FROM schema15.counted')
+  or die 'worker 15 did not come back';
+isnt(worker($node, 15, 'pid'), $pid, 'with the role, a new process folds what was left');
 
 $node->stop;
 done_testing();

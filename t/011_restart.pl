@@ -346,12 +346,19 @@ EOC
 $offset = -s $node->logfile;
 $node->start;
 wait_for_state($node, $_, 'idle') for (1 .. 3);
-is( $node->safe_psql(
-		'postgres', 'SELECT count(*), max(index) FROM worker_spi_workers'),
-	'3|3',
+is( process_count($node),
+	'3',
 	'with too few slots, as many static workers run as there is room for');
+is( $node->safe_psql(
+		'postgres', <<'EOQ'),
+SELECT string_agg(index::text, ' ' ORDER BY index), count(pid)
+FROM worker_spi_workers WHERE state = 'missing'
+EOQ
+	'4 5 6 7 8|0',
+	'and the view shows the others as missing');
 @lines = grep { /max_worker_processes/ } server_lines($node, $offset);
-is(scalar(@lines), 1, 'which the log says once');
+is(scalar(grep { / WARNING: / } @lines), 1, 'which the log warns of');
+is(scalar(@lines), 1, 'once');
 like($lines[0], qr/\b9\b/, 'with the number that all would need');
 ok(!$node->log_contains(qr/too many background workers/, $offset),
 	'and none is refused by the server');

@@ -111,8 +111,9 @@ sub stopped_in_the_middle
 	my ($test) = @_;
 	is( $node->safe_psql(
 			'postgres',
-			"SELECT sum(value), count(*) > 1 FROM schema1.counted"),
-		'1000000|t',
+			'SELECT (SELECT sum(value) FROM schema1.counted), (SELECT value < 1000000 FROM schema1.total), EXISTS (SELECT FROM ONLY schema1.counted)'
+		),
+		'1000000|t|t',
 		"$test came in the middle of the fold, and nothing is lost");
 	return;
 }
@@ -129,8 +130,35 @@ stops_fast('while a worker folds a million rows');
 stopped_in_the_middle('the shutdown');
 
 # The fold that goes on now is in the way of what follows.
-$node->safe_psql('postgres', 'DROP TABLE schema1.counted');
-$node->safe_psql('postgres', 'SELECT worker_spi_fold(1)');
+new_table($node, 1, 'CREATE TABLE %t (type text, value bigint)');
+folds($node, 1);
+
+# Key after key is slow, and fails.
+$node->safe_psql('postgres', <<'EOQ');
+CREATE FUNCTION refuse() RETURNS boolean LANGUAGE plpgsql AS $$
+BEGIN
+	PERFORM pg_sleep(0.5);
+	RAISE SQLSTATE '22003';
+END
+$$;
+EOQ
+new_table(
+	$node, 1,
+	'CREATE TABLE %t (page int NOT NULL, value bigint NOT NULL);'
+	  . ' INSERT INTO %t SELECT i, 1 FROM generate_series(1, 1000) AS i',
+	key => 'PRIMARY KEY (page)',
+	total => 'ALTER TABLE %s.total ADD CHECK (public.refuse())');
+$node->safe_psql('postgres', 'SELECT worker_spi_fold(1, wait => false)');
+$node->poll_query_until('postgres', <<'EOQ') or die 'worker 1 is not slow';
+SELECT count(*) = 1 FROM worker_spi_workers JOIN pg_stat_activity USING (pid)
+WHERE index = 1 AND wait_event = 'PgSleep'
+EOQ
+stops_fast('while careful shares fail one after the other');
+is(total($node, 1), '1000', 'and nothing is lost');
+is($node->safe_psql('postgres', 'SELECT count(*) FROM schema1.total'),
+	'0', 'and nothing was folded');
+new_table($node, 1, 'CREATE TABLE %t (type text, value bigint)');
+folds($node, 1);
 
 # The lock of a prepared transaction stays when all sessions have ended.
 add_gate($node, 1, 42);

@@ -28,7 +28,7 @@ $node->restart;
 my $busy = database_oid($node, 'busy');
 $node->safe_psql('postgres',
 	"SELECT worker_spi_launch(3, $busy, interruptible => true)");
-fold($node, $_, 'busy') foreach 1 .. 3;
+folds($node, $_, undef, 'busy') foreach 1 .. 3;
 $node->safe_psql('postgres', <<'EOC');
 CREATE ROLE regress_nobody LOGIN;
 CREATE TABLE done ();
@@ -98,7 +98,7 @@ is(pids(), $pids, 'commands that are denied in a loop move no worker');
 foreach my $index (1 .. 3)
 {
 	$node->safe_psql('busy', "INSERT INTO schema$index.counted (value) VALUES (1)");
-	is(fold($node, $index, 'busy'), 't', "worker $index folds meanwhile");
+	folds($node, $index, "worker $index folds meanwhile", 'busy');
 }
 
 # ------------------------------------------------------------------------
@@ -121,10 +121,10 @@ $node->poll_query_until('postgres', <<'EOC') or die 'nobody waits';
 SELECT count(*) > 0 FROM pg_stat_activity
 WHERE query LIKE 'ALTER DATABASE busy RENAME%' AND wait_event_type = 'Lock'
 EOC
-fold($node, 1, 'busy');
+folds($node, 1, 'a worker folds while a command waits', 'busy');
 like((finish_psql($rename))[1], qr/must be owner of database/,
 	'a command waits, and is denied');
-is(pids(), $pids, 'a command that waits moves no worker');
+is(pids(), $pids, 'which moves no worker');
 
 # ------------------------------------------------------------------------
 # The real one, in the midst of it

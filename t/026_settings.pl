@@ -38,6 +38,7 @@ EOC
 $node->safe_psql('postgres', 'CREATE DATABASE owned OWNER alice');
 $node->safe_psql('owned', <<'EOC');
 CREATE EXTENSION worker_spi;
+CREATE ACCESS METHOD other TYPE TABLE HANDLER heap_tableam_handler;
 -- RESET ALL stops at the settings of a transaction, on 19 and later.
 CREATE FUNCTION reset_all() RETURNS void LANGUAGE sql SECURITY DEFINER
 AS 'DELETE FROM pg_db_role_setting';
@@ -62,7 +63,7 @@ my %strings = (
 	DateStyle => [ 'German', 'SQL, DMY' ],
 	TimeZone => [ 'Pacific/Kiritimati', '-12' ],
 	timezone_abbreviations => ['India'],
-	default_table_access_method => ['heap'],
+	default_table_access_method => [ 'heap', 'other' ],
 	default_tablespace => ['pg_default'],
 	temp_tablespaces => ['pg_global'],
 	local_preload_libraries => ['plpgsql'],
@@ -311,6 +312,7 @@ $node->poll_query_until('owned', <<'EOC') or die 'the worker does not fold';
 SELECT count(*) = 1 AND sum(value) = 5 FROM schema9.counted
 EOC
 pass('and folds when that code is gone');
+is(deltas($node, 9, 'owned'), '0', 'all that there is');
 is(worker($node, 8, 'pid'), $other, 'another worker never noticed');
 
 SKIP:
@@ -373,7 +375,7 @@ gettimeofday(struct timeval *restrict tv, void *restrict tz)
 EOC
 SKIP:
 {
-	skip 'no C compiler', 4
+	skip 'no C compiler', 5
 	  if system("cc -shared -fPIC -o '$dir/clock.so' '$dir/clock.c' -ldl 2>'$dir/err'");
 
 	# The longest nap is that of naptime; a wake is to shorten it.
@@ -402,16 +404,29 @@ EOC
 	$node->safe_psql('postgres', q(INSERT INTO schema1.counted VALUES ('delta', 1)));
 	wait_for_fold($node, 1);
 	$node->safe_psql('postgres', <<'EOC');
-ALTER TABLE schema1.counted ADD CONSTRAINT none CHECK (value < 3);
+ALTER TABLE schema1.counted RENAME value TO amount;
 INSERT INTO schema1.counted VALUES ('delta', 1);
 EOC
 	$node->poll_query_until('postgres',
-		q(SELECT last_sqlstate = '23514' FROM worker_spi_workers WHERE index = 1)
+		q(SELECT state = 'backoff' AND last_sqlstate = '42P16' FROM worker_spi_workers WHERE index = 1)
 	) or die 'no cycle fails';
+	append_to_file("$dir/set_back", '');
+	$node->safe_psql('postgres', 'ALTER TABLE schema1.counted RENAME amount TO value');
+	wait_for_fold($node, 1);
+	pass('and so it does after a cycle that failed before');
+
+	unlink "$dir/set_back";
+	$node->safe_psql('postgres', <<'EOC');
+ALTER TABLE schema1.counted ADD CONSTRAINT none CHECK (value < 4);
+INSERT INTO schema1.counted VALUES ('delta', 1);
+EOC
+	$node->poll_query_until('postgres',
+		q(SELECT stuck_rows = 1 AND last_sqlstate = '23514' FROM worker_spi_workers WHERE index = 1)
+	) or die 'nothing is stuck';
 	append_to_file("$dir/set_back", '');
 	$node->safe_psql('postgres', 'ALTER TABLE schema1.counted DROP CONSTRAINT none');
 	wait_for_fold($node, 1);
-	pass('and so it does after a cycle that failed before');
+	pass('and where something got stuck before');
 
 	$node->append_conf('postgresql.conf', <<'EOC');
 worker_spi.naptime = 3600

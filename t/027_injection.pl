@@ -90,7 +90,7 @@ foreach my $point ('attached', 'not-yet-ready')
 }
 like($node->safe_psql('postgres', 'SELECT worker_spi_launch(2)'),
 	qr/^\d+$/, 'after all that, a launch succeeds');
-is(fold($node, 2), 't', 'and the worker folds');
+folds($node, 2, 'and the worker folds');
 
 # ------------------------------------------------------------------------
 # A static worker that cannot start
@@ -105,7 +105,7 @@ error_is($node, 'postgres', 'SELECT worker_spi_fold(1)', '55000',
 	qr/not running/, 'a fold learns that there is no process');
 detach('attached');
 wait_for_state($node, 1, 'idle');
-is(fold($node, 1), 't', 'it is back when it can');
+folds($node, 1, 'it is back when it can');
 
 # ------------------------------------------------------------------------
 # Exit
@@ -116,7 +116,7 @@ attach('detached', 'error');
 my $pid = worker($node, 1, 'pid');
 $node->safe_psql('postgres', "SELECT pg_terminate_backend($pid)");
 wait_for_restart($node, 1, $pid);
-is(fold($node, 1), 't', 'a worker is back after an error in its exit');
+folds($node, 1, 'a worker is back after an error in its exit');
 detach('detached');
 
 # The next worker of an index may be there before the process of the last has
@@ -132,7 +132,7 @@ is( $node->safe_psql('postgres',
 	'and the stop waits for that one');
 detach('detached', 1);
 is(join('', finish_psql($stop)), 't1', 'it returns when the process has gone');
-is(fold($node, 2), 't', 'the new worker folds');
+folds($node, 2, 'the new worker folds');
 is(worker($node, 2, 'pid'), $pid, 'as the same process');
 
 $node->stop;

@@ -1,9 +1,10 @@
-# Which columns are keys and which are measures: the unique index on the totals
-# says the first, NOT NULL and a neutral default the second.  Shown here: that
-# totals are right with any number of either, for keys that may be NULL and for
-# few and many deltas at once, which tables and indexes are refused with 42P16,
-# and that what the hint says cures that.  Nothing is waited for but
-# worker_spi_fold().
+# Measures: a column of counted that is NOT NULL and whose default changes nothing
+# is summed, or the latest or earliest of it is kept.  Shown here: which columns are
+# measures, that totals are right with any number of them, for keys that may be NULL
+# and for few and many deltas at once, that at every instant the same aggregate over
+# all three tables gives the true result, what becomes of sums that do not fit, and
+# what an unlogged table means, in a crash as well.  Which columns are refused is shown by
+# 038_refusals.pl.  Nothing is waited for but worker_spi_fold().
 
 use strict;
 use warnings FATAL => 'all';
@@ -16,13 +17,15 @@ use t::WorkerSpi;
 my $node = new_node('measures', <<EOC, extra => [ '--encoding=UTF8', '--locale=C.UTF-8' ]);
 worker_spi.total_workers = 1
 autovacuum = off
+wal_writer_delay = 10s
 EOC
 my $standard = "type text NOT NULL DEFAULT 'delta', value bigint NOT NULL";
+my $fold = 'SELECT worker_spi_fold(1)';
 
-fold($node, 1);
+folds($node, 1, 'the worker answers');
 
 # How many totals of worker 1 are not what the same aggregates over a ledger
-# come to, and how many deltas are left.  The ledger has the table's columns.
+# come to, and how many other rows there are.  The ledger has the table's columns.
 sub differences
 {
 	my ($keys, $aggregates, $measures) = @_;
@@ -30,10 +33,10 @@ sub differences
 	my $comma = $keys ? "$keys, " : '';
 	return $node->safe_psql('postgres', <<EOC);
 WITH expected AS (SELECT ${comma}$aggregates FROM ledger $group),
-	totals AS (SELECT ${comma}$measures FROM schema1.counted WHERE type = 'total')
+	totals AS (SELECT ${comma}$measures FROM schema1.total)
 SELECT (SELECT count(*) FROM (TABLE expected EXCEPT ALL TABLE totals) AS e)
 	+ (SELECT count(*) FROM (TABLE totals EXCEPT ALL TABLE expected) AS t)
-	+ (SELECT count(*) FROM schema1.counted WHERE type IS DISTINCT FROM 'total');
+	+ (SELECT count(*) FROM schema1.counted) - (SELECT count(*) FROM schema1.total);
 EOC
 }
 
@@ -46,24 +49,15 @@ $node->safe_psql('postgres', <<'EOC');
 CREATE TABLE workflow (id text PRIMARY KEY);
 INSERT INTO workflow SELECT 'w' || n FROM generate_series(1, 50) AS n;
 EOC
-new_table($node, 1, <<"EOC");
-CREATE TABLE %t ($standard, "workflowId" text REFERENCES workflow ON DELETE CASCADE,
+new_table($node, 1, <<"EOC",
+CREATE TABLE %t ($standard, "workflowId" text,
 	name varchar(128) NOT NULL, "rootCount" integer NOT NULL DEFAULT 0,
 	"latestEvent" timestamptz(3) NOT NULL DEFAULT '-infinity',
 	"firstEvent" timestamptz(3) NOT NULL DEFAULT 'infinity',
 	day date NOT NULL DEFAULT 'infinity', last timestamp NOT NULL DEFAULT '-infinity',
-	twice bigint GENERATED ALWAYS AS (value * 2) STORED);
-CREATE UNIQUE INDEX ON %t ("workflowId", name) NULLS NOT DISTINCT WHERE type = 'total';
+	twice bigint GENERATED ALWAYS AS (value * 2) STORED)
 EOC
-$node->safe_psql('postgres', <<'EOC');
-CREATE TABLE ledger AS
-SELECT nullif('w' || n % 51, 'w0') AS "workflowId", CASE n % 3 WHEN 0 THEN 'ok' ELSE 'error' END AS name,
-	n::bigint AS value, n % 7 AS "rootCount",
-	timestamptz '2026-01-01' + n * interval '1 min' AS "latestEvent",
-	timestamptz '2026-01-01' + n * interval '1 min' AS "firstEvent",
-	date '2026-01-01' + n AS day, timestamp '2026-01-01' + n * interval '1 h' AS last
-FROM generate_series(1, 5000) AS n ORDER BY random();
-EOC
+	key => 'UNIQUE NULLS NOT DISTINCT ("workflowId", name), FOREIGN KEY ("workflowId") REFERENCES public.workflow ON DELETE CASCADE');
 my $columns =
   '"workflowId", name, value, "rootCount", "latestEvent", "firstEvent", day, last';
 my @n8n = (
@@ -71,72 +65,190 @@ my @n8n = (
 	'sum(value)::bigint AS value, sum("rootCount")::integer, max("latestEvent"), min("firstEvent"), min(day), max(last)',
 	'value, "rootCount", "latestEvent", "firstEvent", day, last');
 
-# The second time all totals are there, and the third a few deltas come.
-foreach my $rows (5000, 5000, 3)
+# The second time most totals are there, and then few deltas come, and none of some
+# measures.
+$node->safe_psql('postgres', 'CREATE TABLE ledger (LIKE schema1.counted INCLUDING DEFAULTS)');
+foreach my $rows (5000, 100000, 100, 2)
 {
-	$node->safe_psql('postgres', <<EOC);
-INSERT INTO schema1.counted ($columns) SELECT $columns FROM ledger LIMIT $rows;
-SELECT worker_spi_fold(1);
-EOC
-	$node->safe_psql('postgres',
-		"INSERT INTO ledger SELECT * FROM ledger LIMIT $rows") if $rows < 5000;
-}
-$node->safe_psql('postgres', <<'EOC');
-TRUNCATE ledger;
-INSERT INTO ledger SELECT "workflowId", name, value, "rootCount", "latestEvent", "firstEvent", day, last
-FROM schema1.counted;
-EOC
-is( $node->safe_psql('postgres',
-		'SELECT count(*), sum(value) > 2 * 12502500, count(*) FILTER (WHERE "workflowId" IS NULL) FROM schema1.counted'
-	),
-	'51|t|1',
-	'a table like those of n8n has one total for each key');
-
-foreach my $rows (100, 100000, 2)
-{
-	$node->safe_psql('postgres', <<EOC);
+	is( $node->safe_psql('postgres', <<EOC),
 CREATE TEMP TABLE new AS
 SELECT nullif('w' || n % 51, 'w0') AS "workflowId", (ARRAY['ok', 'error', 'new'])[1 + n % 3] AS name,
 	(random() * 1000)::bigint AS value, n % 7 AS "rootCount",
-	timestamptz '2026-01-01' + n * interval '1 min' AS "latestEvent",
-	timestamptz '2025-01-01' + n * interval '1 min' AS "firstEvent",
+	CASE WHEN n % 5 = 0 THEN '-infinity' ELSE timestamptz '2026-01-01' + n * interval '1 min' END AS "latestEvent",
+	CASE WHEN n % 5 = 0 THEN 'infinity' ELSE timestamptz '2025-01-01' - n * interval '1 min' END AS "firstEvent",
 	date '2025-01-01' + n % 100 AS day, timestamp '2025-01-01' + n * interval '1 h' AS last
-FROM generate_series(1, $rows) AS n;
+FROM generate_series(1, $rows) AS n ORDER BY random();
 INSERT INTO schema1.counted ($columns) TABLE new;
-INSERT INTO ledger TABLE new;
-SELECT worker_spi_fold(1);
+INSERT INTO ledger ($columns) TABLE new;
+$fold;
 EOC
-	is(differences(@n8n), '0',
-		"each measure is exact after $rows deltas of it");
+		't',
+		"$rows deltas with seven measures are folded");
+	is(differences(@n8n), '0', 'and each measure is exact');
 }
+is( $node->safe_psql('postgres', <<'EOC'),
+INSERT INTO schema1.counted (name, value) VALUES ('ok', 0);
+SELECT worker_spi_fold(1);
+SELECT count(*), count(*) FILTER (WHERE "workflowId" IS NULL), bool_and(twice = 2 * value) FROM schema1.counted;
+EOC
+	"t\n51|1|t",
+	'there is one total for each key, with its generated column');
+is(differences(@n8n), '0', 'and a delta that leaves all measures out changes none');
 is( $node->safe_psql('postgres', <<'EOC'),
 DELETE FROM workflow WHERE id = 'w7';
 SELECT count(*) FROM schema1.counted WHERE "workflowId" = 'w7';
 EOC
 	'0',
-	'the cascade of its foreign key takes the totals as well');
+	'the cascade of a foreign key takes the totals as well');
 
-# Measures alone: the worker makes the index, and one total.
-new_table($node, 1, <<"EOC");
-CREATE TABLE %t ($standard, bytes bigint NOT NULL DEFAULT 0, last date NOT NULL DEFAULT '-infinity');
-INSERT INTO %t (value, bytes, last) VALUES (1, 10, '2026-01-01'), (2, 20, '2025-01-01'), (4, -5, '-infinity')
+# Measures alone, with one total, and a worker that makes what is missing.
+$node->safe_psql('postgres', <<"EOC");
+CREATE SCHEMA schema3;
+CREATE TABLE schema3.counted ($standard, bytes bigint NOT NULL DEFAULT 0, last date NOT NULL DEFAULT '-infinity');
+INSERT INTO schema3.counted (value, bytes, last) VALUES (1, 10, '2026-01-01'), (2, 20, '2025-01-01'), (4, -5, '-infinity');
+SELECT worker_spi_launch(3);
 EOC
-fold($node, 1);
-is(rows($node, 1, 'type, value, bytes, last'),
-	'total|7|25|2026-01-01', 'measures need no key');
+folds($node, 3, 'a table with measures and no keys is folded');
+is(rows($node, 3, 'tableoid::regclass, type, value, bytes, last'),
+	'schema3.total|total|7|25|2026-01-01', 'measures need no key, and have one total');
 is( $node->safe_psql('postgres',
-		"SELECT pg_get_indexdef(indexrelid) FROM pg_index WHERE indrelid = 'schema1.counted'::regclass"
+		"SELECT pg_get_indexdef(indexrelid) FROM pg_index WHERE indrelid IN ('schema3.counted'::regclass, 'schema3.total'::regclass, 'schema3.stuck'::regclass)"
 	),
-	"CREATE UNIQUE INDEX counted_type_idx ON schema1.counted USING btree (type) WHERE (type = 'total'::text)",
-	'and the worker makes the index');
+	'CREATE UNIQUE INDEX total_pkey ON schema3.total USING btree (type)',
+	'the worker makes the totals with their index, and no other');
+is($node->safe_psql('postgres', 'SELECT worker_spi_stop(3)'), 't', 'that worker stops');
 
-# Every row that is not a total is a delta.
-new_table($node, 1, 'CREATE TABLE %t (type text, value integer)');
-$node->safe_psql('postgres',
-	"INSERT INTO schema1.counted VALUES (NULL, 1), ('delta', 2), ('Total', 4), ('', 8), (NULL, NULL), ('total', NULL)"
-);
-fold($node, 1);
-is(rows($node, 1), 'total|15', 'whatever its type says');
+# Every row of counted is a delta.
+new_table($node, 1, 'CREATE TABLE %t (type text, value integer)', key => '');
+$node->safe_psql('postgres', <<'EOC');
+ALTER TABLE schema1.total ADD UNIQUE NULLS NOT DISTINCT (type);
+INSERT INTO schema1.counted VALUES (NULL, 1), ('delta', 2), ('Total', 4), ('', 8), (NULL, NULL), ('total', NULL), ('total', 16)
+EOC
+folds($node, 1, 'rows of any type are folded');
+is(rows($node, 1, 'tableoid::regclass, type, value'),
+	'schema1.total|total|31', 'whatever their type says');
+
+# ------------------------------------------------------------------------
+# What makes a measure
+# ------------------------------------------------------------------------
+
+# The definition of n, two values of it, and what the total has of them.
+foreach my $test (
+	[ "bigint NOT NULL DEFAULT 0", 5, 7, 12 ],
+	[ "integer NOT NULL DEFAULT 0", 5, 7, 12 ],
+	[ "bigint DEFAULT '0' NOT NULL", 5, -7, -2 ],
+	[ "integer NOT NULL DEFAULT 0::bigint", 5, 7, 12 ],
+	[ "bigint NOT NULL DEFAULT 0::smallint", 5, 7, 12 ],
+	[ "bigint NOT NULL DEFAULT -0", 5, 7, 12 ],
+	[ "bigint NOT NULL DEFAULT (3 - 1 - 2)", 5, 7, 12 ],
+	[ "bigint NOT NULL DEFAULT length('')", 5, 7, 12 ],
+	[ "date NOT NULL DEFAULT '-infinity'", '2024-02-29', '2023-01-01', '2024-02-29' ],
+	[ "date NOT NULL DEFAULT 'infinity'", '2024-02-29', '2023-01-01', '2023-01-01' ],
+	[ "timestamp NOT NULL DEFAULT '-infinity'", '2024-02-29 10:00', '2023-01-01', '2024-02-29 10:00:00' ],
+	[ "timestamp NOT NULL DEFAULT '-infinity'::date", '2024-02-29 10:00', '2023-01-01', '2024-02-29 10:00:00' ],
+	[ "timestamp NOT NULL DEFAULT 'infinity'", '2024-02-29 10:00', '2023-01-01', '2023-01-01 00:00:00' ],
+	[ "timestamptz NOT NULL DEFAULT '-infinity'", '2024-02-29 10:00+00', '2024-02-29 11:00+02', '2024-02-29 10:00:00+00' ],
+	[ "timestamptz(0) NOT NULL DEFAULT 'infinity'", '2024-02-29 10:00+00', '2024-02-29 11:00+02', '2024-02-29 09:00:00+00' ],
+	[ "timestamptz NOT NULL DEFAULT '-infinity'::timestamptz", '2024-02-29 10:00+00', '-infinity', '2024-02-29 10:00:00+00' ])
+{
+	my ($definition, $first, $second, $expected) = @$test;
+
+	foreach my $keys ('', ', k text NOT NULL')
+	{
+		my $key = $keys ? 'PRIMARY KEY (k)' : 'PRIMARY KEY (type)';
+		my $k = $keys ? "'a'" : "'delta'";
+		my $column = $keys ? 'k' : 'type';
+
+		new_table($node, 1, "CREATE TABLE %t ($standard, n $definition$keys)",
+			key => $key);
+		is( $node->safe_psql('postgres', <<EOC),
+SET timezone = 'UTC';
+INSERT INTO schema1.counted (value, n, $column) VALUES (1, '$first', $k);
+INSERT INTO schema1.counted (value, $column) VALUES (1, $k);
+$fold;
+INSERT INTO schema1.counted (value, n, $column) VALUES (1, '$second', $k);
+INSERT INTO schema1.counted (value, $column) VALUES (1, $k);
+$fold;
+SELECT value, n FROM schema1.counted;
+EOC
+			"t\nt\n4|$expected",
+			'a measure' . ($keys ? ' beside a key' : '') . ": $definition");
+	}
+}
+
+# The column value is summed whatever it is declared as; type and value may be
+# missing where there are keys.
+foreach my $test (
+	[ 'value alone', 'value bigint, k text NOT NULL', 'value', '12' ],
+	[ 'an integer value', 'k text NOT NULL, value integer', 'value', '12' ],
+	[ 'a value with a default', 'value integer DEFAULT 100, k text NOT NULL', 'value', '12' ],
+	[ 'a measure alone', 'k text NOT NULL, n integer NOT NULL DEFAULT 0', 'n', '12' ],
+	[ 'type and a measure', "k text NOT NULL, n bigint NOT NULL DEFAULT 0, type text", 'n', '12' ],
+	[ 'the latest alone', "last date NOT NULL DEFAULT '-infinity', k text NOT NULL", "last", '2000-01-08' ])
+{
+	my ($name, $definition, $column, $expected) = @$test;
+	my ($five, $seven) = $column eq 'last' ? ("'2000-01-06'", "'2000-01-08'") : (5, 7);
+
+	new_table($node, 1, "CREATE TABLE %t ($definition)", key => 'PRIMARY KEY (k)');
+	is( $node->safe_psql('postgres', <<EOC),
+INSERT INTO schema1.counted (k, $column) VALUES ('a', $five), ('b', $five);
+$fold;
+INSERT INTO schema1.counted (k, $column) VALUES ('a', $seven);
+$fold;
+SELECT $column FROM schema1.counted WHERE k = 'a';
+SELECT count(*) FROM schema1.total;
+EOC
+		"t\nt\n$expected\n2",
+		"what is measured: $name");
+}
+
+# NULL counts as 0, in a delta and in a total.
+new_table($node, 1, 'CREATE TABLE %t (k text NOT NULL, value integer)',
+	key => 'PRIMARY KEY (k)',
+	total => "INSERT INTO %s.total VALUES ('a', NULL), ('b', 2), ('c', NULL)");
+is( $node->safe_psql('postgres', <<EOC),
+INSERT INTO schema1.counted VALUES ('a', NULL), ('a', 5), ('b', NULL), ('c', NULL), ('d', NULL), ('e', NULL), ('e', 3);
+$fold;
+SELECT k, value FROM schema1.counted ORDER BY k;
+EOC
+	"t\na|5\nb|2\nc|0\nd|0\ne|3",
+	'NULL counts as 0');
+
+# Measures can have any name.
+my @names = ('Sum', 'select', 'a b', 'quo"te', 'rows', 'gone', 'known', 'total',
+	'sums', 'excluded', 'either', 'written', 'count', 'rest', 'parts', 'Value', 'x' x 63);
+my @quoted = map { '"' . s/"/""/gr . '"' } @names;
+new_table($node, 1, 'CREATE TABLE %t (k text NOT NULL, '
+	  . join(', ', map { "$_ bigint NOT NULL DEFAULT 0" } @quoted) . ')',
+	key => 'PRIMARY KEY (k), CONSTRAINT small CHECK ("Sum" < 1000000)');
+{
+	my $list = join ', ', @quoted;
+	my $n = 0;
+	my $values = join ', ', map { 10 + $n++ } @quoted;
+	my $sums = join '|', map { 3 * (10 + $_) } 0 .. $#quoted;
+
+	is( $node->safe_psql('postgres', <<EOC),
+INSERT INTO schema1.counted (k, $list) VALUES ('a', $values), ('a', $values);
+$fold;
+INSERT INTO schema1.counted (k, $list) VALUES ('a', $values);
+$fold;
+SELECT $list FROM schema1.counted;
+EOC
+		"t\nt\n$sums",
+		'measures with any name are summed');
+
+	# The other ways to fold have names of their own.
+	$node->safe_psql('postgres',
+		"INSERT INTO schema1.counted (k, $list) VALUES ('b', $values), ('a', $values); INSERT INTO schema1.counted (k, \"Sum\") VALUES ('b', 1000000)");
+	error_is($node, 'postgres', $fold, '23514', qr/"small"/, 'they can be stuck');
+	is( $node->safe_psql('postgres', <<EOC),
+INSERT INTO schema1.counted (k, $list) VALUES ('b', $values), ('b', $values);
+INSERT INTO schema1.counted (k, "Sum") VALUES ('b', -1000000);
+$fold;
+SELECT $list FROM schema1.total WHERE k = 'b';
+EOC
+		"t\n$sums", 'and get through');
+}
 
 # ------------------------------------------------------------------------
 # Keys that may be NULL, few and many, and deltas few and many
@@ -153,179 +265,187 @@ foreach my $nkeys (1, 2, 3, 4, 6)
 	} 1 .. $nkeys;
 
 	new_table($node, 1,
-		"CREATE TABLE %t ($standard, $types, hits int NOT NULL DEFAULT 0);"
-		  . "CREATE UNIQUE INDEX ON %t ($keys) NULLS NOT DISTINCT WHERE type = 'total'");
+		"CREATE TABLE %t ($standard, $types, hits int NOT NULL DEFAULT 0)",
+		key => "UNIQUE NULLS NOT DISTINCT ($keys)");
 	$node->safe_psql('postgres',
 		"DROP TABLE ledger; CREATE TABLE ledger (value bigint, hits int, $types)");
 	foreach my $rows (200, 3, 20000)
 	{
-		$node->safe_psql('postgres', <<EOC);
+		is( $node->safe_psql('postgres', <<EOC), 't', "$rows deltas with $nkeys keys are folded");
 CREATE TEMP TABLE new AS
 SELECT (random() * 100)::bigint AS value, 1 AS hits, $values FROM generate_series(1, $rows) AS n;
 INSERT INTO ledger TABLE new;
 INSERT INTO schema1.counted (value, hits, $keys) TABLE new;
-SELECT worker_spi_fold(1);
+$fold;
 EOC
 		is( differences(
 				$keys, 'sum(value)::bigint, sum(hits)::int', 'value, hits'),
 			'0',
-			"$nkeys keys that may be NULL have exact totals after $rows deltas");
+			'whose totals are exact');
 	}
 }
 
-# A key that cannot be hashed.
+# Keys that cannot be hashed.
 new_table($node, 1,
-	"CREATE TABLE %t ($standard, price money, bits bit varying);"
-	  . "CREATE UNIQUE INDEX ON %t (price, bits) NULLS NOT DISTINCT WHERE type = 'total'");
+	"CREATE TABLE %t ($standard, price money, bits bit varying, last date NOT NULL DEFAULT '-infinity')",
+	key => 'UNIQUE NULLS NOT DISTINCT (price, bits)');
 is( $node->safe_psql('postgres', <<'EOC'),
-INSERT INTO schema1.counted (value, price, bits)
-	SELECT 1, nullif(n % 3, 0)::money, nullif(n % 2, 0)::bit(2) FROM generate_series(1, 600) AS n;
+INSERT INTO schema1.counted (value, price, bits, last)
+	SELECT 1, nullif(n % 3, 0)::money, nullif(n % 2, 0)::bit(2), date '2024-01-01' + n FROM generate_series(1, 600) AS n;
 SELECT worker_spi_fold(1);
 INSERT INTO schema1.counted (value, price, bits) SELECT value, price, bits FROM schema1.counted;
 SELECT worker_spi_fold(1);
-SELECT count(*), min(value), max(value) FROM schema1.counted;
+SELECT count(*), min(value), max(value), min(last), max(last) FROM schema1.counted;
 EOC
-	"t\nt\n6|200|200",
+	"t\nt\n6|200|200|2025-08-18|2025-08-23",
 	'keys need not be of a type that can be hashed');
 
 # ------------------------------------------------------------------------
-# What is refused, and how it is cured
+# Sums that do not fit
 # ------------------------------------------------------------------------
 
-sub refused
+my %limits = (
+	bigint => [ '9223372036854775807', '-9223372036854775808', 'bigint out of range' ],
+	integer => [ '2147483647', '-2147483648', 'integer out of range' ]);
+foreach my $type (sort keys %limits)
 {
-	my ($columns, $index, $pattern, $test) = @_;
+	my ($max, $min, $message) = @{ $limits{$type} };
+
 	new_table($node, 1,
-		"CREATE TABLE %t ($standard, $columns); INSERT INTO %t (value) VALUES (3);"
-		  . ($index // ''));
-	error_is($node, 'postgres', 'SELECT worker_spi_fold(1)', '42P16',
-		$pattern, $test);
-	is(total($node, 1), 3, "and nothing is lost: $test");
-	return;
-}
+		"CREATE TABLE %t (k text NOT NULL, value $type, last date NOT NULL DEFAULT '-infinity')",
+		key => 'PRIMARY KEY (k)');
 
-my %hints = (
-	'page text, "Day" date' => 'page, "Day"\) NULLS NOT DISTINCT',
-	'page text NOT NULL DEFAULT \'\', n int NOT NULL DEFAULT 0' => 'page\)',
-	'a int DEFAULT 0, b numeric NOT NULL DEFAULT 0' =>
-	  'a, b\) NULLS NOT DISTINCT',
-	'a bigint NOT NULL DEFAULT 1' => 'a\)',);
-foreach my $columns (sort keys %hints)
-{
-	refused($columns, undef,
-		qr/CREATE UNIQUE INDEX ON schema1\.counted \($hints{$columns} WHERE type = 'total'/,
-		"no index with $columns");
-	my (undef, undef, $err) =
-	  $node->psql('postgres', 'SELECT worker_spi_fold(1)');
-	my ($command) = $err =~ /(CREATE UNIQUE INDEX.*)/;
-	$node->safe_psql('postgres', $command);
-	is(fold($node, 1), 't', 'the command in the hint is the cure');
-	is( $node->safe_psql(
-			'postgres', "SELECT type, value FROM schema1.counted"),
-		'total|3',
-		'and all is folded then');
-}
-
-my $total = "WHERE type = 'total'";
-foreach my $test (
-	[
-		'a column that is neither', 'page text NOT NULL, note text',
-		"(page)", qr/column "note" of table "schema1\.counted" is neither a key nor a measure/
-	],
-	[
-		'an included column', 'page text NOT NULL, note text',
-		"(page) INCLUDE (note)", qr/column "note"/
-	],
-	[ 'a key that may be NULL', 'page text', '(page)', qr/NULL/ ],
-	[
-		'an expression', 'page text', '(lower(page)) NULLS NOT DISTINCT',
-		qr/index "i" .*not an expression/s
-	],
-	[ 'value as a key', 'a int', '(a, value) NULLS NOT DISTINCT', qr/"value" cannot be a key/ ],
-	[
-		'another operator class', 'page text NOT NULL',
-		'(page text_pattern_ops)', qr/index "i" .*does not compare/s
-	],
-	[
-		'another collation', 'page text COLLATE "C" NOT NULL',
-		'(page COLLATE "POSIX")', qr/index "i" .*does not compare/s
-	],
-	[
-		'a generated key', 'page text NOT NULL GENERATED ALWAYS AS (type) STORED',
-		'(page)', qr/generated/
-	],
-	[
-		'a default that a function of a user makes',
-		'page text NOT NULL, n bigint NOT NULL DEFAULT public.zero()',
-		'(page)', qr/column "n" /
-	],
-	[
-		'a measure of a domain', 'page text NOT NULL, n public.whole NOT NULL DEFAULT 0',
-		'(page)', qr/column "n" /
-	],
-	[
-		'a measure with an identity',
-		'page text NOT NULL, n bigint GENERATED BY DEFAULT AS IDENTITY',
-		'(page)', qr/column "n" /
-	])
-{
-	my ($name, $columns, $index, $pattern) = @$test;
-	$node->safe_psql('postgres', <<'EOC') if $name =~ /function/;
-CREATE FUNCTION zero() RETURNS bigint IMMUTABLE LANGUAGE sql AS 'SELECT 0::bigint';
-CREATE DOMAIN whole AS bigint;
+	# Up to the limits all fits, however it comes to that.
+	is( $node->safe_psql('postgres', <<EOC),
+INSERT INTO schema1.counted VALUES ('high', $max), ('low', $min), ('both', $max), ('both', $min), ('far', $max), ('far', $max), ('far', -$max);
+$fold;
+INSERT INTO schema1.counted VALUES ('high', -1), ('low', 1), ('both', 1);
+$fold;
+INSERT INTO schema1.counted VALUES ('high', 1), ('low', -1), ('both', $min);
+$fold;
+INSERT INTO schema1.counted VALUES ('high', 0), ('low', 0), ('both', $max), ('low', $max), ('low', -$max);
+$fold;
+SELECT k, value FROM schema1.counted ORDER BY k;
 EOC
+		"t\nt\nt\nt\nboth|-1\nfar|$max\nhigh|$max\nlow|$min",
+		"totals of type $type reach both limits");
 
-	# A row for keys that are not declared NOT NULL.
-	new_table($node, 1,
-		"CREATE TABLE %t ($standard, $columns); CREATE UNIQUE INDEX i ON %t $index $total"
-	);
-	error_is($node, 'postgres', 'SELECT worker_spi_fold(1)', '42P16',
-		$pattern, "refused: $name");
+	# Beyond them it is stuck, in as few rows as hold it.
+	foreach my $test ([ 'high', 1, $max, "-$max", 1 ], [ 'low', -1, $min, $max, 6 ])
+	{
+		my ($key, $delta, $limit, $opposite, $rest) = @$test;
+
+		$node->safe_psql('postgres', "INSERT INTO schema1.counted VALUES ('$key', $delta, '2024-02-29')");
+		error_is($node, 'postgres', $fold, '22003', qr/\Q$message\E/, "one more than $limit does not fit");
+		is( $node->safe_psql('postgres',
+				"SELECT tableoid::regclass, value, last FROM schema1.counted WHERE k = '$key' ORDER BY 1::text"),
+			"schema1.total|$limit|-infinity\nschema1.stuck|$delta|2024-02-29",
+			'it is stuck as a whole');
+		$node->safe_psql('postgres', "INSERT INTO schema1.counted SELECT '$key', $limit FROM generate_series(1, 5)");
+		error_is($node, 'postgres', $fold, '22003', qr/\Q$message\E/, 'what joins it is stuck as well');
+		error_is($node, 'postgres', $fold, '22003', qr/\Q$message\E/, 'for good');
+		is( $node->safe_psql('postgres', <<EOC),
+SELECT count(*), sum(value) = 5 * numeric '$limit' + $delta, max(last) FROM schema1.stuck WHERE k = '$key';
+SELECT sum(value) = 6 * numeric '$limit' + $delta FROM schema1.counted WHERE k = '$key';
+EOC
+			"6|t|2024-02-29\nt", 'in as few rows as hold it');
+		is( $node->safe_psql('postgres', <<EOC),
+INSERT INTO schema1.counted SELECT '$key', $opposite FROM generate_series(1, 5);
+INSERT INTO schema1.counted SELECT '$key', -($delta) FROM generate_series(1, $rest);
+$fold;
+SELECT value, last FROM schema1.counted WHERE k = '$key';
+EOC
+			"t\n$limit|2024-02-29", 'until other deltas make it fit');
+	}
 }
 
-refused(
-	'a int, b int',
-	"CREATE UNIQUE INDEX i ON %t (a) NULLS NOT DISTINCT $total; CREATE UNIQUE INDEX j ON %t (b) NULLS NOT DISTINCT $total",
-	qr/"i" and "j"|"j" and "i"/,
-	'two indexes that disagree are both named');
-$node->safe_psql('postgres', <<"EOC");
-DROP INDEX schema1.j;
-CREATE UNIQUE INDEX j ON schema1.counted (a, type) INCLUDE (b) NULLS NOT DISTINCT $total;
-ALTER TABLE schema1.counted DROP COLUMN b;
-EOC
-is(fold($node, 1), 't', 'two that agree are none too many');
-
-# At the next cycle, if it comes later.
-$node->safe_psql('postgres',
-	"ALTER TABLE schema1.counted ADD c int; INSERT INTO schema1.counted (value) VALUES (4)");
-error_is($node, 'postgres', 'SELECT worker_spi_fold(1)', '42P16',
-	qr/column "c" of/, 'a column that is added later is refused then');
-$node->safe_psql('postgres',
-	'ALTER TABLE schema1.counted ALTER c SET DEFAULT 0; UPDATE schema1.counted SET c = 0; ALTER TABLE schema1.counted ALTER c SET NOT NULL'
-);
-is(fold($node, 1), 't', 'and folded as a measure once it is one');
-is(rows($node, 1, 'type, value, c'), 'total|7|0', 'with all there was');
-
-# A key that is an identity column.
+# One measure that does not fit holds up its key, and no other measure is torn off.
 new_table($node, 1,
-	"CREATE TABLE %t ($standard, k bigint GENERATED ALWAYS AS IDENTITY); CREATE UNIQUE INDEX ON %t (k) $total"
-);
+	'CREATE TABLE %t (k text NOT NULL, hits integer NOT NULL DEFAULT 0, bytes bigint NOT NULL DEFAULT 0)',
+	key => 'PRIMARY KEY (k)');
 $node->safe_psql('postgres',
-	'INSERT INTO schema1.counted (value) VALUES (1), (2); SELECT worker_spi_fold(1)'
-);
-is(rows($node, 1, 'type, value, k'),
-	"total|1|1\ntotal|2|2", 'a key can be GENERATED ALWAYS AS IDENTITY');
+	q(INSERT INTO schema1.counted VALUES ('a', 2147483647, 10), ('a', 2147483647, 20), ('a', 2, 31), ('b', 1, 1)));
+error_is($node, 'postgres', $fold, '22003', qr/out of range/, 'one of two measures does not fit');
+is( $node->safe_psql('postgres', <<'EOC'),
+SELECT k, sum(hits), sum(bytes), count(*), tableoid::regclass FROM schema1.counted GROUP BY k, tableoid ORDER BY k;
+EOC
+	"a|4294967296|61|3|schema1.stuck\nb|1|1|1|schema1.total",
+	'its key is stuck with both, in as few rows as hold them');
+
+# ------------------------------------------------------------------------
+# At every instant
+# ------------------------------------------------------------------------
+
+new_table($node, 1, <<'EOC',
+CREATE TABLE %t (page text NOT NULL, hits integer NOT NULL DEFAULT 0,
+	first timestamptz NOT NULL DEFAULT 'infinity', last timestamptz NOT NULL DEFAULT '-infinity')
+EOC
+	key => 'PRIMARY KEY (page)');
+$node->safe_psql('postgres',
+	'DROP TABLE ledger; CREATE TABLE ledger (page text, hits integer, at timestamptz)');
+my $insert = <<'EOC';
+\set n random(1, 20)
+\set minutes random(-100000, 100000)
+BEGIN;
+INSERT INTO schema1.counted VALUES ('p' || :n, :n, timestamptz '2024-01-01' + :minutes * interval '1 min', timestamptz '2024-01-01' + :minutes * interval '1 min');
+INSERT INTO ledger VALUES ('p' || :n, :n, timestamptz '2024-01-01' + :minutes * interval '1 min');
+END;
+EOC
+my $compare = <<'EOC';
+WITH counted AS (SELECT page, sum(hits) AS hits, min(first) AS first, max(last) AS last FROM schema1.counted GROUP BY page),
+	expected AS (SELECT page, sum(hits) AS hits, min(at) AS first, max(at) AS last FROM ledger GROUP BY page)
+SELECT 1 / (NOT EXISTS (TABLE counted EXCEPT TABLE expected) AND NOT EXISTS (TABLE expected EXCEPT TABLE counted))::int;
+EOC
+my $before = worker($node, 1, 'fold_count');
+my $pgbench = start_pgbench($node, [ '-c', 4, '-t', 500 ],
+	[ $insert, 8 ], [ $compare, 1 ], [ 'SELECT 1 / worker_spi_fold(1)::int;', 1 ]);
+my (undef, $err, $success) = finish_psql($pgbench);
+ok($success, 'while others write and folds run, sum, max and min over all rows of a key are true')
+  or diag($err);
+cmp_ok(worker($node, 1, 'fold_count'), '>', $before + 1, 'there were several folds meanwhile');
+folds($node, 1, 'the rest is folded');
+is( differences('page', 'sum(hits)::int AS hits, min(at), max(at)', 'hits, first, last'),
+	'0', 'in the end each total is that of the ledger');
 
 # ------------------------------------------------------------------------
 # Unlogged
 # ------------------------------------------------------------------------
 
-my $offset = -s $node->logfile;
-new_table($node, 1, "CREATE UNLOGGED TABLE %t ($standard)");
-fold($node, 1) foreach 1 .. 3;
-my @warnings =
-  slurp_file($node->logfile, $offset) =~ /(WARNING:  table "schema1\.counted" is unlogged)/g;
-is(scalar(@warnings), 1, 'an unlogged table is adopted with one warning');
+foreach my $table ('counted', 'total', 'stuck')
+{
+	my $offset = -s $node->logfile;
+	new_table($node, 1, "CREATE TABLE %t ($standard)",
+		total => $table eq 'total' ? 'ALTER TABLE %s.total SET UNLOGGED'
+		: $table eq 'counted' ? 'ALTER TABLE %t SET UNLOGGED'
+		: '');
+	$node->safe_psql('postgres', 'ALTER TABLE schema1.stuck SET UNLOGGED') if $table eq 'stuck';
+	foreach (1 .. 3)
+	{
+		$node->safe_psql('postgres', 'INSERT INTO schema1.counted (value) VALUES (1)');
+		folds($node, 1, "with $table unlogged the worker folds");
+	}
+	is(rows($node, 1), 'total|3', 'as ever');
+	my $log = slurp_file($node->logfile, $offset);
+	my @warnings = $log =~ /(WARNING:  table "postgres\.schema1\.\w+" is unlogged)/g;
+	is_deeply(
+		\@warnings,
+		[qq(WARNING:  table "postgres.schema1.$table" is unlogged)],
+		"that $table is unlogged is said once");
+	like(
+		$log,
+		$table eq 'total'
+		? qr/DETAIL:  [^\n]*crash[^\n]*\n/
+		: qr/DETAIL:  [^\n]*crash[^\n]*standby[^\n]*\n/,
+		'with what it means');
+
+	# A crash empties what is unlogged.  What was folded out of it is not lost.
+	next if $table eq 'total';
+	$node->safe_psql('postgres', 'INSERT INTO schema1.counted (value) VALUES (5)');
+	folds($node, 1, "with $table unlogged the worker folds once more");
+	$node->stop('immediate');
+	$node->start;
+	is(total($node, 1), 8, 'and after a crash the count is the same');
+}
 
 $node->stop;
 done_testing();

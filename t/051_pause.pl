@@ -19,7 +19,7 @@ worker_spi.total_workers = 2
 worker_spi.restart_interval = 600
 restart_after_crash = on
 EOC
-fold($node, $_) foreach 1, 2;
+folds($node, $_) foreach 1, 2;
 my $pid = worker($node, 1, 'pid');
 
 # Worker 1 is stopped, and nothing else.
@@ -43,6 +43,10 @@ is($node->safe_psql('postgres', 'SELECT worker_spi_stop(1)'),
 	't', 'a static worker is stopped');
 ok(!kill(0, $pid), 'its process is gone when the call returns');
 is_stopped('after a stop');
+my ($ret, $out, $err) = $node->psql('postgres', 'SELECT worker_spi_stop(1)');
+is($out, 'f', 'it cannot be stopped twice');
+like($err, qr/^\S*\s*WARNING:  there is no worker with index 1 in database "postgres"/,
+	'which a warning says');
 error_is($node, 'postgres', 'SELECT worker_spi_fold(1)', '55000',
 	qr/index 1/, 'it does not fold');
 error_is($node, 'postgres', 'SELECT worker_spi_fold(1, wait => false)',
@@ -52,7 +56,7 @@ CREATE TRIGGER wake AFTER INSERT ON schema1.counted
 	FOR EACH STATEMENT EXECUTE FUNCTION worker_spi_wake();
 INSERT INTO schema1.counted (value) VALUES (1);
 EOC
-is(fold($node, 2), 't', 'the other one folds');
+folds($node, 2, 'the other one folds');
 is(rows($node, 1), 'delta|1', 'an insert wakes nobody');
 
 # ------------------------------------------------------------------------
@@ -70,7 +74,7 @@ is(rows($node, 1), 'delta|1', 'nothing was folded');
 
 reload_settings($node, "worker_spi.log_folds = off", 2);
 is_stopped('after a reload');
-is(fold($node, 2), 't', 'the other one folds');
+folds($node, 2, 'the other one folds');
 
 # ------------------------------------------------------------------------
 # Launches that start nothing
@@ -97,7 +101,7 @@ ALTER TABLE schema1.counted RENAME TO aside;
 CREATE VIEW schema1.counted AS TABLE schema1.aside;
 EOC
 error_is($node, 'postgres', 'SELECT worker_spi_launch(1)', '42809',
-	qr/"schema1\.counted"/, 'a launch that fails raises the error of the worker');
+	qr/"postgres\.schema1\.counted"/, 'a launch that fails raises the error of the worker');
 is_stopped('after a launch that failed');
 is(worker($node, 1, 'last_sqlstate'), '42809', 'the view says why');
 $node->safe_psql('postgres', <<'EOC');
@@ -124,7 +128,7 @@ is_stopped('after a launch that gave up');
 # ------------------------------------------------------------------------
 $pid = $node->safe_psql('postgres', 'SELECT worker_spi_launch(1)');
 is(worker($node, 1, 'kind, pid'), "static|$pid", 'it is launched, as before');
-is(fold($node, 1), 't', 'it folds');
+folds($node, 1, 'it folds');
 is(rows($node, 1), 'total|1', 'what came while it was stopped');
 is( $node->safe_psql(
 		'postgres',

@@ -13,7 +13,7 @@ use PostgreSQL::Test::Utils;
 use Test::More;
 
 our @EXPORT = qw(new_node reload_settings crash server_lines database_oid
-  new_table add_gate total rows fold wait_for_fold
+  new_table add_gate total rows deltas fold folds wait_for_fold
   worker wait_for_state wait_for_nap wait_for_restart process_count
   nothing_left launch_20_at_once
   error_is start_psql wait_for_psql finish_psql start_pgbench);
@@ -48,8 +48,8 @@ EOC
 }
 
 # Change the configuration, and wait until the workers with these indexes have
-# read it.  They must be napping, and $conf must not change the naptime: a
-# naptime changed along with it is how they can be seen to.
+# read it, those that are missing aside.  They must be napping, and $conf must not
+# change the naptime: a naptime changed along with it is how they can be seen to.
 my $naptime = 3600;
 
 sub reload_settings
@@ -57,7 +57,10 @@ sub reload_settings
 	my ($node, $conf, @indexes) = @_;
 	my $list = join ', ', @indexes;
 
-	wait_for_state($node, $_, 'idle') foreach @indexes;
+	$node->poll_query_until('postgres',
+		"SELECT count(DISTINCT index) = @{[ scalar @indexes ]} AND bool_and(state = 'idle')
+		 FROM worker_spi_workers WHERE index IN ($list) AND state <> 'missing'")
+	  or die "workers $list do not nap";
 	my $before = $node->safe_psql('postgres',
 		"SELECT max(next_fold_time) FROM worker_spi_workers
 		 WHERE index IN ($list)");
@@ -122,20 +125,34 @@ sub database_oid
 # Tables
 # ------------------------------------------------------------------------
 
-# Put another table in place of that of worker $index, in one transaction, so
-# that the worker never finds it missing.  $definition makes it; in it, %t is
-# the table and %s its schema.
+# Put other tables in place of those of worker $index, in one transaction, so
+# that the worker never finds them missing.  $definition makes counted; in it,
+# %t is that table and %s its schema.  %params may have
+#
+#	key		what the totals have besides, by default PRIMARY KEY (type)
+#	total	SQL that makes the totals, or changes them after they were made
+#			with a key
+#	db		the database, by default postgres
 sub new_table
 {
-	my ($node, $index, $definition, $db) = @_;
-	$definition =~ s/%t/schema$index.counted/g;
-	$definition =~ s/%s/schema$index/g;
-	$node->safe_psql($db // 'postgres', <<EOC);
+	my ($node, $index, $definition, %params) = @_;
+	my $key = $params{key} // 'PRIMARY KEY (type)';
+	my $make_total =
+	  ($params{total} // '') =~ /\bINHERIT/
+	  ? ''
+	  : "CREATE TABLE %s.total ($key) INHERITS (%t) WITH (fillfactor = 50);";
+	my $sql = <<EOC;
 BEGIN;
-DROP TABLE schema$index.counted;
+DROP TABLE IF EXISTS %s.stuck, %s.total, %t;
 $definition;
+$make_total
+@{[ $params{total} // '' ]};
+CREATE TABLE %s.stuck (sqlstate text, reason text, since timestamptz) INHERITS (%t);
 COMMIT;
 EOC
+	$sql =~ s/%t/schema$index.counted/g;
+	$sql =~ s/%s/schema$index/g;
+	$node->safe_psql($params{db} // 'postgres', $sql);
 	return;
 }
 
@@ -159,7 +176,7 @@ EOC
 	return;
 }
 
-# The sum over a worker's table, which is the count at any time.
+# The sum over a worker's tables, which is the count at any time.
 sub total
 {
 	my ($node, $index, $db) = @_;
@@ -167,7 +184,7 @@ sub total
 		"SELECT sum(value) FROM schema$index.counted");
 }
 
-# All rows of a worker's table, as "type|value" or with all its columns, in the
+# All rows of a worker's tables, as "type|value" or with these columns, in the
 # order of these columns.
 sub rows
 {
@@ -178,7 +195,25 @@ sub rows
 		"SELECT $columns FROM schema$index.counted ORDER BY $order");
 }
 
-# Have worker $index fold, and wait until it has; what worker_spi_fold() says.
+# The number of deltas that are not yet folded, those that are stuck aside.
+sub deltas
+{
+	my ($node, $index, $db) = @_;
+	return $node->safe_psql($db // 'postgres',
+		"SELECT count(*) FROM ONLY schema$index.counted");
+}
+
+# Worker $index folds, and all goes through.
+sub folds
+{
+	my ($node, $index, $test, $db) = @_;
+	is(fold($node, $index, $db), 't', $test // "worker $index folds");
+	return;
+}
+
+# Have worker $index fold, and wait until it has; what worker_spi_fold() says,
+# which is to be checked where it matters: see folds().  An error is the end of
+# the test.
 sub fold
 {
 	my ($node, $index, $db) = @_;
@@ -188,13 +223,13 @@ sub fold
 	);
 }
 
-# Wait until the table of worker $index is there, and has no rows but totals.
-# The worker does so by itself: nobody tells it to.
+# Wait until the tables of worker $index are there, with no delta in them, nor in
+# stuck.  The worker does so by itself: nobody tells it to.
 sub wait_for_fold
 {
 	my ($node, $index, $db) = @_;
 	$node->poll_query_until($db // 'postgres',
-		"SELECT count(*) = 0 FROM schema$index.counted WHERE type IS DISTINCT FROM 'total'"
+		"SELECT NOT EXISTS (SELECT FROM ONLY schema$index.counted) AND NOT EXISTS (SELECT FROM schema$index.stuck)"
 	) or die "worker $index did not fold";
 	return;
 }
