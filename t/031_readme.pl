@@ -1,6 +1,6 @@
-# What README.md says to type can be typed, in that order, on a fresh server,
-# and what it shows as output is what comes of it.  The commands are taken out
-# of README.md; nothing of them is repeated here.
+# What README.md says to type, and after it doc/recipes.md, can be typed, in that
+# order, on a fresh server, and what they show as output is what comes of it.  The
+# commands are taken out of these files; nothing of them is repeated here.
 #
 # A block of SQL begins as the superuser, in database app of the first server.
 # A line such as
@@ -42,6 +42,8 @@ use Time::HiRes qw(usleep);
 use t::WorkerSpi;
 
 my $readme = slurp_file('README.md');
+my $recipes = slurp_file('doc/recipes.md');
+my $doc;				# the one that is read
 
 # ------------------------------------------------------------------------
 # Servers
@@ -84,7 +86,7 @@ sub wait_for_tables
 	my ($node) = @_;
 
 	$node->poll_query_until('app',
-		"SELECT count(to_regclass('schema' || i || '.counted')) = 3 FROM generate_series(1, 3) AS i"
+		"SELECT count(to_regclass('schema' || i || '.stuck')) = 3 FROM generate_series(1, 3) AS i"
 	) or die 'the static workers did not make their tables';
 	return;
 }
@@ -136,7 +138,7 @@ sub statements
 		@lines = ();
 		$later = 0;
 	}
-	die "README.md:$line: a statement without an end" if @lines;
+	die "$doc:$line: a statement without an end" if @lines;
 	return @statements;
 }
 
@@ -216,7 +218,7 @@ sub run_and_compare
 		my $difference = difference($statement, $result, $hints);
 		my ($first_line) = $statement->{sql} =~ /^(.*)/;
 
-		is($difference, undef, "README.md:$statement->{line}: $first_line")
+		is($difference, undef, "$doc:$statement->{line}: $first_line")
 		  or diag($err);
 	}
 	return;
@@ -286,7 +288,7 @@ sub test_shell
 		$line++;
 		s/\s+#.*//;
 		next if $_ eq '';
-		test_command($_, "README.md:$line: $_");
+		test_command($_, "$doc:$line: $_");
 	}
 	return;
 }
@@ -323,25 +325,29 @@ sub test_command
 # ------------------------------------------------------------------------
 my %test = (sql => \&test_sql, sh => \&test_shell);
 
-while ($readme =~ /^```(\w*)\n(.*?)^```$/msg)
+foreach ([ 'README.md', $readme ], [ 'doc/recipes.md', $recipes ])
 {
-	my ($kind, $block, $start) = ($1, $2, $-[0]);
-	my $line = 1 + (substr($readme, 0, $start) =~ tr/\n//);
+	($doc, my $text) = @$_;
+	while ($text =~ /^```(\w*)\n(.*?)^```$/msg)
+	{
+		my ($kind, $block, $start) = ($1, $2, $-[0]);
+		my $line = 1 + (substr($text, 0, $start) =~ tr/\n//);
 
-	if ($test{$kind})
-	{
-		$test{$kind}->($block, $line);
-	}
-	elsif ($kind ne 'conf')
-	{
-		fail("README.md:$line: a block that this test runs");
+		if ($test{$kind})
+		{
+			$test{$kind}->($block, $line);
+		}
+		elsif ($kind ne 'conf')
+		{
+			fail("$doc:$line: a block that this test runs");
+		}
 	}
 }
 
 # ------------------------------------------------------------------------
 # The text
 # ------------------------------------------------------------------------
-cmp_ok($readme =~ tr/\n//, '<=', 450, 'README.md has no more than 450 lines');
+cmp_ok($readme =~ tr/\n//, '<=', 420, 'README.md has no more than 420 lines');
 
 # Every file that is named is there, and so is every test.
 my @named = $readme =~ /\]\((?!https?:|#)([^)#]+)(?:#[^)]*)?\)/g;
@@ -358,27 +364,6 @@ foreach my $anchor ($readme =~ /\]\(#([^)]+)\)/g)
 {
 	ok($section{$anchor}, "README.md has a section #$anchor");
 }
-
-# The collector has the columns that its metrics name, for the role that the
-# README makes for it, and the alerts name metrics that are there.
-my $collector = slurp_file('monitoring/worker_spi.collector.yml');
-my ($query) = $collector =~ /^    query: \|\n((?: {6}.*\n)+)/m;
-my @labels = map { [ split /, / ] } $collector =~ /key_labels: \[(.*)\]/g;
-my @values = $collector =~ /values: \[(\w+)\]/g;
-my %metric = map { $_ => 1 } $collector =~ /metric_name: (\w+)/g;
-
-is(scalar(@labels), scalar(@values), 'each metric of the collector has labels and a value');
-foreach my $n (0 .. $#values)
-{
-	my $columns = join ' AND ', map { "w.$_ IS NOT NULL" } @{ $labels[$n] };
-	is( $node{first}->safe_psql('app',
-			"SELECT bool_and($columns AND w.$values[$n]::float8 > '-infinity') FROM ($query) AS w",
-			extra_params => [ '-U', 'monitor' ]),
-		't',
-		"the collector finds $values[$n]");
-}
-ok($metric{$_}, "the collector has $_, which the alerts name")
-  foreach slurp_file('monitoring/worker_spi.rules.yml') =~ /\b(worker_spi_\w+)\b/g;
 
 # Every setting of the server's has its row.
 my $all = $node{first}->safe_psql('app',
