@@ -1098,9 +1098,13 @@ refuse_second_index(Relation total, Relation found)
 	}
 }
 
-/* What a hint proposes as the index of the keys. */
+/*
+ * What a hint proposes as the index of the keys.  The totals, if they are
+ * there, may have a primary key on other columns; the index that the hint drops
+ * is none of those.
+ */
 static char *
-key_constraint(void)
+key_constraint(Relation total, Oid dropped)
 {
 	StringInfoData keys;
 	bool		nullable = false;
@@ -1115,6 +1119,8 @@ key_constraint(void)
 		nullable |= columns[i].nullable;
 	}
 	return psprintf(nullable ? "UNIQUE NULLS NOT DISTINCT (%s)" :
+					total && OidIsValid(total->rd_pkindex) &&
+					total->rd_pkindex != dropped ? "UNIQUE (%s)" :
 					"PRIMARY KEY (%s)", keys.len > 0 ? keys.data : "type");
 }
 
@@ -1151,7 +1157,7 @@ find_keys(Relation total)
 				 errmsg("table \"%s\" has no unique index that tells its keys",
 						full_name(total->rd_id)),
 				 errhint("To make one: ALTER TABLE %s ADD %s", table,
-						 key_constraint())));
+						 key_constraint(total, InvalidOid))));
 	while ((i = bms_next_member(keys, i)) >= 0)
 	{
 		if (columns[i].role == COLUMN_MEASURE)
@@ -1174,11 +1180,11 @@ find_keys(Relation total)
 	if (other && other->may_be_key && OidIsValid(constraint))
 		refuse_other(other, psprintf("ALTER TABLE %s DROP CONSTRAINT %s, ADD %s",
 									 table, quote_identifier(RelationGetRelationName(index)),
-									 key_constraint()));
+									 key_constraint(total, index->rd_id)));
 	if (other && other->may_be_key)
 		refuse_other(other, psprintf("DROP INDEX %s; ALTER TABLE %s ADD %s",
 									 quoted_name(index->rd_id),
-									 table, key_constraint()));
+									 table, key_constraint(total, InvalidOid)));
 	if (other)
 		refuse_other(other, NULL);
 	index_close(index, NoLock);
@@ -1712,7 +1718,7 @@ make_children(Relation counted, bool may_make)
 					 errmsg("table \"%s\" has columns that must be keys, and no totals to tell them",
 							my_name),
 					 errhint("CREATE TABLE %s.total (%s) INHERITS (%s.counted) WITH (fillfactor = 50)",
-							 my_schema, key_constraint(), my_schema)));
+							 my_schema, key_constraint(NULL, InvalidOid), my_schema)));
 	}
 	if (no_total && other)
 		refuse_other(other, NULL);

@@ -582,6 +582,17 @@ refused(
 	like => 'column "value" .*"%t.counted".*generated',
 	cure => 'ALTER TABLE %s.counted ALTER value DROP EXPRESSION');
 refused(
+	'the totals have a primary key of their own, and no index of the keys',
+	key => 'id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY',
+	error => '42P16',
+	like => 'table "%t.total" has no unique index that tells its keys');
+refused(
+	'the totals have a primary key of their own, and an index that lacks a key',
+	columns => 'page text NOT NULL, day int NOT NULL DEFAULT 1',
+	key => 'id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, UNIQUE (page)',
+	error => '42P16',
+	like => 'column "day" .*"%t.counted"');
+refused(
 	'type is generated',
 	counted => q(CREATE TABLE %s.counted (type text GENERATED ALWAYS AS ('delta') STORED, value bigint NOT NULL, page text NOT NULL)),
 	error => '42P16',
