@@ -462,8 +462,8 @@ run_share(void)
 	INSTR_TIME_SET_CURRENT(start);
 	if (Share.way != WAY_RETRY && OidIsValid(Share.tables->toast) &&
 		table_end(Share.tables->toast, NULL) > 0)
-		stuck_move_long_keys(Share.tables, Share.from, Share.to,
-							 Share.way == WAY_CAREFUL, &result);
+		stuck_move_long_keys(Share.from, Share.to, Share.way == WAY_CAREFUL,
+							 &result);
 	switch (Share.way)
 	{
 		case WAY_FAST:

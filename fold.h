@@ -133,8 +133,7 @@ typedef struct ShareResult
 
 extern void stuck_init(void);
 extern void stuck_begin_share(void);
-extern void stuck_move_long_keys(const CountedTables *tables, Position from,
-								 Position to, bool carefully,
+extern void stuck_move_long_keys(Position from, Position to, bool carefully,
 								 ShareResult *result);
 extern void stuck_fold_range(const CountedTables *tables, Position from,
 							 Position to, bool any_stuck, ShareResult *result);

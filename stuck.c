@@ -295,8 +295,8 @@ stuck_begin_share(void)
  * none.
  */
 void
-stuck_move_long_keys(const CountedTables *tables, Position from, Position to,
-					 bool carefully, ShareResult *result)
+stuck_move_long_keys(Position from, Position to, bool carefully,
+					 ShareResult *result)
 {
 	WorkerError too_long = {
 		.sqlstate = ERRCODE_PROGRAM_LIMIT_EXCEEDED,
@@ -532,7 +532,6 @@ run_fold(const SetOrder *order, Oid rows_type, Datum from, Datum to)
 		from,
 		to
 	};
-
 
 	table_run(order->sql, order->plan,
 			  table_params(lengthof(types), types, values), SPI_OK_SELECT);
