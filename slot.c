@@ -438,13 +438,14 @@ slot_find(int index, Oid dboid, const char *dbname, SlotRef *ref)
 	SET_LOCKTAG_OBJECT(tag, dboid, LAUNCH_LOCK_CLASS, index, 0)
 
 /*
- * (free), STOPPED -> STARTING, for a launch by this backend.
+ * (free), STOPPED -> STARTING, for a launch by this backend into database
+ * dboid, which has that name.
  *
  * A worker is relaunched in its own slot if params says that it is static.
  * Sets *ref, and the generation in *params.
  */
 ReserveResult
-slot_reserve(WorkerParams *params, const char *dbname, SlotRef *ref)
+slot_reserve(WorkerParams *params, Oid dboid, const char *dbname, SlotRef *ref)
 {
 	WorkerSlot *slot;
 	ReserveResult result = RESERVE_OK;
@@ -455,24 +456,27 @@ slot_reserve(WorkerParams *params, const char *dbname, SlotRef *ref)
 
 		ref->slotno = -1;
 		ref->generation = 0;
-		SET_LOCKTAG_WORKER(tag, params->dboid, params->index);
+		SET_LOCKTAG_WORKER(tag, dboid, params->index);
 		return LockAcquire(&tag, ExclusiveLock, false, true) ==
 			LOCKACQUIRE_NOT_AVAIL ? RESERVE_DUPLICATE : RESERVE_OK;
 	}
 
 	LWLockAcquire(Slots->lock, LW_EXCLUSIVE);
-	slot = find_slot(params->index, params->dboid, dbname);
-	if (slot)
+	slot = find_slot(params->index, dboid, dbname);
+	if (params->is_static)
 	{
-		if (slot->status.state != WORKER_STOPPED || !params->is_static)
+		/* Since the caller saw it stopped, another may have launched it. */
+		if (!slot || slot->status.state != WORKER_STOPPED)
 			result = RESERVE_DUPLICATE;
 	}
+	else if (slot)
+		result = RESERVE_DUPLICATE;
 	else
 	{
 		for (int i = 0; i < Slots->nslots && !slot; i++)
 			if (Slots->slots[i].status.params.generation == 0)
 				slot = &Slots->slots[i];
-		if (!slot || params->is_static)
+		if (!slot)
 			result = RESERVE_FULL;
 	}
 	if (result == RESERVE_OK)

@@ -731,12 +731,13 @@ wait_until_ready(const Launch *launch, const WorkerParams *params)
 
 /*
  * Fill in params from the arguments of worker_spi_launch(), and check that the
- * caller may have such a worker.
+ * caller may have such a worker.  Returns the database, and its name.
  */
-static void
+static Oid
 check_launch(FunctionCallInfo fcinfo, WorkerParams *params,
 			 const char **dbname)
 {
+	Oid			dboid;
 	SlotRef		ref;
 	WorkerStatus status;
 
@@ -745,10 +746,10 @@ check_launch(FunctionCallInfo fcinfo, WorkerParams *params,
 	params->index = PG_GETARG_INT32(0);
 	check_index(params->index);
 	params->connflags = parse_flags(PG_GETARG_ARRAYTYPE_P(3));
-	params->dboid = resolve_database(PG_GETARG_OID(1));
+	params->dboid = dboid = resolve_database(PG_GETARG_OID(1));
 	params->roleoid = resolve_role(PG_GETARG_OID(2));
 	params->interruptible = PG_GETARG_BOOL(4);
-	*dbname = get_database_name(params->dboid);
+	*dbname = get_database_name(dboid);
 
 	if (params->connflags != 0 && !superuser())
 		ereport(ERROR,
@@ -758,7 +759,7 @@ check_launch(FunctionCallInfo fcinfo, WorkerParams *params,
 
 	/* A static worker that was stopped starts again as what it was. */
 	if (slot_have_memory() &&
-		slot_find(params->index, params->dboid, *dbname, &ref) &&
+		slot_find(params->index, dboid, *dbname, &ref) &&
 		slot_get_status(ref.slotno, &status) &&
 		status.state == WORKER_STOPPED)
 	{
@@ -774,10 +775,10 @@ check_launch(FunctionCallInfo fcinfo, WorkerParams *params,
 	}
 	else
 		check_may_act_as(params->roleoid);
-	if (database_aclcheck(resolve_database(PG_GETARG_OID(1)), GetUserId(),
-						  ACL_CONNECT) != ACLCHECK_OK)
+	if (database_aclcheck(dboid, GetUserId(), ACL_CONNECT) != ACLCHECK_OK)
 		aclcheck_error(ACLCHECK_NO_PRIV, OBJECT_DATABASE, *dbname);
 	require_postmaster();
+	return dboid;
 }
 
 /* The worker is gone: raise the error of which it died. */
@@ -820,14 +821,16 @@ Datum
 worker_spi_launch(PG_FUNCTION_ARGS)
 {
 	WorkerParams params;
+	Oid			dboid;
 	const char *dbname;
 	BackgroundWorker worker;
 	Launch		launch = {0};
 	ReserveResult reserved;
 	pid_t		pid;
 
-	check_launch(fcinfo, &params, &dbname);
-	reserved = slot_reserve(&params, dbname, &launch.ref);
+	dboid = check_launch(fcinfo, &params, &dbname);
+	injection_point("worker-spi-checked");
+	reserved = slot_reserve(&params, dboid, dbname, &launch.ref);
 	if (reserved == RESERVE_DUPLICATE)
 		ereport(ERROR,
 				(errcode(ERRCODE_DUPLICATE_OBJECT),

@@ -273,8 +273,8 @@ extern bool slot_have_memory(void);
 extern int	slot_count(void);
 extern bool slot_get_status(int slotno, WorkerStatus *status);
 extern bool slot_find(int index, Oid dboid, const char *dbname, SlotRef *ref);
-extern ReserveResult slot_reserve(WorkerParams *params, const char *dbname,
-								  SlotRef *ref);
+extern ReserveResult slot_reserve(WorkerParams *params, Oid dboid,
+								  const char *dbname, SlotRef *ref);
 extern bool slot_launched(const SlotRef *ref, const WorkerParams *params);
 extern bool slot_launch_error(const SlotRef *ref, WorkerError *error);
 extern void slot_unreserve(const SlotRef *ref);

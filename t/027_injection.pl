@@ -93,6 +93,22 @@ like($node->safe_psql('postgres', 'SELECT worker_spi_launch(2)'),
 folds($node, 2, 'and the worker folds');
 
 # ------------------------------------------------------------------------
+# A static worker that somebody else launches first
+# ------------------------------------------------------------------------
+$node->safe_psql('postgres', 'SELECT worker_spi_stop(1)');
+my $late = start_psql($node, 'postgres', 'late', <<'EOC');
+SELECT injection_points_set_local();
+SELECT injection_points_attach('worker-spi-checked', 'wait');
+SELECT worker_spi_launch(1);
+EOC
+wait_for_point('checked');
+like($node->safe_psql('postgres', 'SELECT worker_spi_launch(1)'),
+	qr/^\d+$/, 'launched while another launch has seen it stopped');
+detach('checked', 1);
+like((finish_psql($late))[1], qr/ERROR:  42710: a worker with index 1 already runs/,
+	'which learns that it runs');
+
+# ------------------------------------------------------------------------
 # A static worker that cannot start
 # ------------------------------------------------------------------------
 attach('attached', 'error');
