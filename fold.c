@@ -37,7 +37,6 @@
 #include "commands/async.h"
 #include "executor/spi.h"
 #include "miscadmin.h"
-#include "portability/instr_time.h"
 #include "storage/bufmgr.h"
 #include "utils/builtins.h"
 #include "utils/guc.h"
@@ -98,9 +97,12 @@ static const char any_delta[] =
  * with deltas in many shares has its total written as many times, so there
  * are not to be many.  A share that takes longer than the last of these is
  * given up, and done again by halves.
+ *
+ * What it takes to read stuck does not count: a smaller share has to read as
+ * much of it, and so shares would become smaller and smaller.
  */
-#define SHARE_MIN_MS		1000.0
-#define SHARE_MAX_MS		1700.0
+#define SHARE_MIN_MS		1000
+#define SHARE_MAX_MS		1700
 #define SHARE_LIMIT_MS		3000
 #define SHARE_LIMIT_AGAIN_MS 100	/* code may swallow a cancel */
 
@@ -187,7 +189,7 @@ typedef struct FoldShare
 	ShareWay	way;
 	Position	from;
 	Position	to;
-	double		ms;				/* how long it took */
+	int64		ms;				/* how long it took, but for reading stuck */
 	int64		rows;			/* that it has folded */
 	bool		notifies;
 	bool		emptied;		/* has somebody else emptied stuck? */
@@ -200,6 +202,7 @@ static FoldShare Share;
 static char my_table[NAMEDATALEN];	/* for notifications */
 static const char *my_name;		/* for messages */
 static TimeoutId share_timeout;
+static TimestampTz share_start;
 static volatile sig_atomic_t share_timed_out = false;
 
 static bool looked_again = false;	/* for a name, since the last good share */
@@ -210,6 +213,7 @@ static ShareWay choose_way(void);
 static Position *share_size(void);
 static void begin_cycle(bool asked);
 static bool run_share(void);
+static int64 share_ms(void);
 static bool fold_fast(ShareResult *result);
 static void take_result(const ShareResult *result);
 static void next_phase(void);
@@ -438,8 +442,6 @@ run_share(void)
 {
 	ShareResult result = {0};
 	Position	size = *share_size();
-	instr_time	start;
-	instr_time	end;
 	bool		done = true;
 
 	if (Next.phase == PHASE_COUNT)
@@ -455,11 +457,11 @@ run_share(void)
 	Share.to = Next.end - Share.from > size * 1.3 ? Share.from + size : Next.end;
 	if (Share.way == WAY_CAREFUL)
 		Share.to = Min(Share.to, Next.careful_until);
+	share_start = GetCurrentTimestamp();
 	if (Share.to - Share.from > 1)
 		enable_timeout_every(share_timeout,
-							 TimestampTzPlusMilliseconds(GetCurrentTimestamp(), SHARE_LIMIT_MS),
+							 TimestampTzPlusMilliseconds(share_start, SHARE_LIMIT_MS),
 							 SHARE_LIMIT_AGAIN_MS);
-	INSTR_TIME_SET_CURRENT(start);
 	if (Share.way != WAY_RETRY && OidIsValid(Share.tables->toast) &&
 		table_end(Share.tables->toast, NULL) > 0)
 		stuck_move_long_keys(Share.from, Share.to, Share.way == WAY_CAREFUL,
@@ -483,15 +485,23 @@ run_share(void)
 		case WAY_NONE:
 			break;
 	}
-	INSTR_TIME_SET_CURRENT(end);
-	INSTR_TIME_SUBTRACT(end, start);
-	Share.ms = INSTR_TIME_GET_MILLISEC(end);
+	Share.ms = share_ms();
 	disable_timeout(share_timeout, false);
 	if (share_timed_out)
 		share_timed_out = QueryCancelPending = false;	/* it was too late */
 
 	take_result(&result);
 	return done;
+}
+
+/*
+ * How long has the share taken by now?  While it reads stuck, the time stands.
+ * Called in a signal handler.
+ */
+static int64
+share_ms(void)
+{
+	return (GetCurrentTimestamp() - share_start) / 1000 - stuck_read_ms;
 }
 
 /* What a share has done becomes part of the cycle. */
@@ -777,6 +787,8 @@ table_end(Oid relid, Oid *file)
 static void
 share_limit_reached(void)
 {
+	if (stuck_is_read || share_ms() < SHARE_LIMIT_MS)
+		return;
 	share_timed_out = true;
 	QueryCancelPending = true;
 	InterruptPending = true;

@@ -14,6 +14,8 @@
 #ifndef FOLD_H
 #define FOLD_H
 
+#include <signal.h>
+
 #include "access/htup_details.h"
 #include "executor/spi.h"
 #include "nodes/params.h"
@@ -130,6 +132,13 @@ typedef struct ShareResult
 	WorkerError unmoved_error;	/* of the first that cannot even be moved;
 								 * same */
 } ShareResult;
+
+/*
+ * Whether stuck is being read to see which keys are there, and how long the
+ * share has done that: a smaller one would read as much.
+ */
+extern volatile sig_atomic_t stuck_is_read;
+extern volatile sig_atomic_t stuck_read_ms;
 
 extern void stuck_init(void);
 extern void stuck_begin_share(void);

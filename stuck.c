@@ -12,6 +12,11 @@
  *		sets of keys of a range		carefully, after something did
  *		sets of keys of stuck		when they are tried again
  *
+ * Where stuck has rows, they are read first, by a statement that lists the rows
+ * of a range by key, and for each key that is stuck a row of it there.  How long
+ * that takes is nothing that a smaller share would change, so it does not count
+ * in what a share may take.
+ *
  * Carefully means: each set in a subtransaction, doubled when it goes through
  * and halved when it fails, until a key is alone; that key is moved to stuck.
  * Nothing is waited for: rows that somebody holds locked stay where they are.
@@ -52,7 +57,7 @@
  * Take rows, add their sums to the totals, and move the rest to stuck.
  *
  *		$1			are they to be added, or all of them to be moved?
- *		$2			is it to be seen which of their keys are in stuck?
+ *		$2			rows of stuck that tell which of their keys are there
  *		$3, $4		sqlstate and reason of what becomes stuck
  *		$5, $6		the rows: from one ctid up to, not including, another;
  *					or an array of ctids
@@ -80,7 +85,7 @@
 	" CAST(NULL AS text) AS reason, false AS _marked FROM sums" \
 	" UNION ALL" \
 	" SELECT " KEYS_ NO_SUMS ", NULL, since, sqlstate, reason, true" \
-	" FROM ONLY " STUCK " WHERE $2 AND NOT " TOO_LONG \
+	" FROM ONLY " STUCK " WHERE ctid = ANY ($2)" \
 	") AS either GROUP BY (" KEYS ") HAVING count(_rows) > 0" \
 	"), written AS (" \
 	"INSERT INTO " TOTALS " AS total (" COLUMNS ") OVERRIDING SYSTEM VALUE" \
@@ -161,23 +166,34 @@ static const char move_long_keys[] =
 " (SELECT " KEY_NAME " AS _name FROM gone LIMIT 10) AS names)";
 
 /*
- * The keys of a range, $2 to $3, each with its rows; whether it has rows in
- * stuck, if $1 is true; and NULL instead with the rows that somebody else has
- * locked, or deleted meanwhile.  The others are locked from now on.
+ * The keys of rows, each with its rows, and the first that it has in stuck, if
+ * $1 is true.
  */
+#define LIST(rows) \
+	"SELECT array_agg(_tid) FILTER (WHERE _tid IS NOT NULL), min(_marked)," \
+	" CAST(NULL AS text), false FROM (" \
+	"SELECT " KEYS_ "_tid, CAST(NULL AS tid) AS _marked FROM " rows \
+	" UNION ALL" \
+	" SELECT " KEYS_ "NULL, ctid FROM ONLY " STUCK \
+	" WHERE $1 AND ctid IS NOT NULL AND NOT " TOO_LONG \
+	") AS either GROUP BY (" KEYS ") HAVING count(_tid) > 0"
+
+/* Those of a range, $2 to $3. */
 static const char list_range[] =
+LIST("(SELECT " KEYS_ "ctid AS _tid FROM ONLY " COUNTED
+	 " WHERE ctid >= $2 AND ctid < $3) AS these");
+
+/*
+ * The same of the rows that nobody else has locked; from now on we have.  And,
+ * as skipped, the rows that somebody has locked, or deleted meanwhile.
+ */
+static const char list_unlocked[] =
 "WITH locked AS MATERIALIZED ("
 "SELECT " KEYS_ "ctid AS _tid FROM ONLY " COUNTED
 " WHERE ctid >= $2 AND ctid < $3 FOR UPDATE SKIP LOCKED"
-") SELECT array_agg(_tid) FILTER (WHERE NOT _marked), bool_or(_marked),"
-" CAST(NULL AS text) FROM ("
-"SELECT " KEYS_ "_tid, false AS _marked FROM locked"
+") " LIST("locked")
 " UNION ALL"
-" SELECT " KEYS_ "NULL, true FROM ONLY " STUCK
-" WHERE $1 AND ctid IS NOT NULL AND NOT " TOO_LONG
-") AS either GROUP BY (" KEYS ") HAVING count(_tid) > 0"
-" UNION ALL"
-" SELECT array_agg(ctid), NULL, NULL FROM ("
+" SELECT array_agg(ctid), NULL, NULL, true FROM ("
 "SELECT ctid FROM ONLY " COUNTED " WHERE ctid >= $2 AND ctid < $3"
 " EXCEPT SELECT _tid FROM locked"
 ") AS skipped HAVING count(*) > 0";
@@ -188,7 +204,8 @@ static const char list_range[] =
  * no index can hold.
  */
 static const char list_stuck[] =
-"SELECT array_agg(ctid), false, concat_ws(' ', max(sqlstate), max(reason))"
+"SELECT array_agg(ctid), CAST(NULL AS tid),"
+" concat_ws(' ', max(sqlstate), max(reason)), false"
 " FROM ONLY " STUCK
 " WHERE NOT " TOO_LONG " GROUP BY (" KEYS ") HAVING min(ctid) >= $2 AND min(ctid) < $3";
 
@@ -214,9 +231,9 @@ typedef struct ListedKey
 {
 	ItemPointerData *rows;
 	int			nrows;
-	bool		marked;			/* of counted: has it rows in stuck? */
-	bool		skipped;		/* no key, but rows that others have */
+	Datum		mark;			/* of counted: its first row in stuck, or 0 */
 	char	   *why;			/* of stuck: its sqlstate and reason there */
+	bool		skipped;		/* no key, but rows that others have */
 	WorkerError *left;			/* why it was left where it is; or NULL */
 } ListedKey;
 
@@ -227,7 +244,6 @@ typedef struct SetOrder
 	SPIPlanPtr	plan;			/* of that; NULL if it is run once */
 	bool		from_stuck;		/* the latter? */
 	bool		add;			/* or move all of them? */
-	bool		any_stuck;		/* see what stuck says of their keys? */
 	bool		rewrite;		/* even if stuck has the same rows then? */
 	const WorkerError *reason;	/* of what becomes stuck */
 } SetOrder;
@@ -249,18 +265,25 @@ static int64 num_unnamed;		/* keys of this share that get no line */
 static int	lines_logged = 0;
 static int64 keys_not_logged = 0;
 
+volatile sig_atomic_t stuck_is_read = false;
+volatile sig_atomic_t stuck_read_ms = 0;
+
 static void plan_sets(SetOrder *order, const char *format);
-static void run_fold(const SetOrder *order, Oid rows_type, Datum from, Datum to);
+static void run_fold(const SetOrder *order, Oid rows_type, Datum marks,
+					 Datum from, Datum to);
 static void read_result(const SetOrder *order, ShareResult *result);
 static int	list_keys(const char *format, bool any_stuck, Position from,
 					  Position to, ListedKey **keys);
 static void fold_sets(ListedKey *keys, int nkeys, const SetOrder *order,
 					  bool may_move, ShareResult *result);
-static bool run_order(const SetOrder *order, Oid rows_type, Datum from, Datum to,
-					  ShareResult *result, WorkerError *error);
+static bool run_order(const SetOrder *order, Oid rows_type, Datum marks,
+					  Datum from, Datum to, ShareResult *result,
+					  WorkerError *error);
 static bool run_set(const ListedKey *keys, int nkeys, const SetOrder *order,
 					ShareResult *result, WorkerError *error);
-static Datum tid_array(const ListedKey *keys, int nkeys);
+static Datum tid_array(Datum *tids, int ntids);
+static Datum rows_of(const ListedKey *keys, int nkeys);
+static Datum marks_of(const ListedKey *keys, int nkeys);
 static void set_overflow(const CountedTables *tables, WorkerError *error);
 
 /* -------------------------------------------------------------------------
@@ -283,6 +306,8 @@ stuck_begin_share(void)
 {
 	MemoryContextReset(share_context);
 	num_lines = num_unnamed = 0;
+	stuck_is_read = false;
+	stuck_read_ms = 0;
 }
 
 /*
@@ -312,16 +337,17 @@ stuck_move_long_keys(Position from, Position to, bool carefully,
 
 	if (!carefully)
 	{
-		run_fold(&order, TIDOID, range[0], range[1]);
+		run_fold(&order, TIDOID, tid_array(NULL, 0), range[0], range[1]);
 		read_result(&order, result);
 	}
-	else if (!run_order(&order, TIDOID, range[0], range[1], result, &error))
+	else if (!run_order(&order, TIDOID, tid_array(NULL, 0), range[0], range[1],
+						result, &error))
 		result->unmoved_error = error;
 }
 
 /*
  * The safe way: fold the rows of counted from one place up to, not including,
- * another, all at once.
+ * another, all at once; if stuck may have rows, as one set of keys.
  *
  *		any_stuck	may stuck have rows?
  *
@@ -333,17 +359,26 @@ stuck_fold_range(const CountedTables *tables, Position from, Position to,
 				 bool any_stuck, ShareResult *result)
 {
 	WorkerError overflow;
-	SetOrder	order = {
-		.sql = table_statement(fold_range),
-		.add = true,
-		.any_stuck = any_stuck,
-		.reason = &overflow
-	};
-	ItemPointerData bounds[2];
+	SetOrder	order = {.add = true,.reason = &overflow};
 
 	set_overflow(tables, &overflow);
-	run_fold(&order, TIDOID, position_tid(from, &bounds[0]),
-			 position_tid(to, &bounds[1]));
+	if (any_stuck)
+	{
+		ListedKey  *keys;
+		int			nkeys = list_keys(list_range, true, from, to, &keys);
+		Datum		rows = rows_of(keys, nkeys);
+
+		order.sql = table_statement(fold_set);
+		run_fold(&order, TIDARRAYOID, marks_of(keys, nkeys), rows, rows);
+	}
+	else
+	{
+		ItemPointerData bounds[2];
+
+		order.sql = table_statement(fold_range);
+		run_fold(&order, TIDOID, tid_array(NULL, 0),
+				 position_tid(from, &bounds[0]), position_tid(to, &bounds[1]));
+	}
 	read_result(&order, result);
 }
 
@@ -391,7 +426,7 @@ stuck_fold_carefully(const CountedTables *tables, Position from, Position to,
 
 	set_overflow(tables, &overflow);
 	table_set("lock_timeout", CAREFUL_LOCK_TIMEOUT);
-	nkeys = list_keys(list_range, any_stuck, from, to, &keys);
+	nkeys = list_keys(list_unlocked, any_stuck, from, to, &keys);
 	marked = palloc(sizeof(ListedKey) * Max(nkeys, 1));
 	for (int i = 0; i < nkeys; i++)
 	{
@@ -400,7 +435,7 @@ stuck_fold_carefully(const CountedTables *tables, Position from, Position to,
 			skipped = palloc(sizeof(ListedKey));
 			*skipped = keys[i];
 		}
-		else if (keys[i].marked)
+		else if (keys[i].mark)
 			marked[nmarked++] = keys[i];
 		else
 			keys[nfree++] = keys[i];
@@ -411,14 +446,13 @@ stuck_fold_carefully(const CountedTables *tables, Position from, Position to,
 	/* Those whose keys are stuck join what is there. */
 	join = order;
 	join.add = false;
-	join.any_stuck = true;
 	fold_sets(marked, nmarked, &join, true, result);
 
 	/* Were rows skipped that are still there?  Then somebody holds them. */
 	if (skipped)
 	{
 		Oid			type = TIDARRAYOID;
-		Datum		rows = tid_array(skipped, 1);
+		Datum		rows = rows_of(skipped, 1);
 
 		table_run(table_statement(count_rows), NULL,
 				  table_params(1, &type, &rows), SPI_OK_SELECT);
@@ -441,7 +475,7 @@ stuck_retry(const CountedTables *tables, Position from, Position to,
 
 	set_overflow(tables, &overflow);
 	table_set("lock_timeout", CAREFUL_LOCK_TIMEOUT);
-	nkeys = list_keys(list_stuck, false, from, to, &keys);
+	nkeys = list_keys(list_stuck, true, from, to, &keys);
 	plan_sets(&order, fold_stuck_set);
 	fold_sets(keys, nkeys, &order, true, result);
 }
@@ -521,12 +555,12 @@ stuck_end_cycle(const char *name)
  */
 
 static void
-run_fold(const SetOrder *order, Oid rows_type, Datum from, Datum to)
+run_fold(const SetOrder *order, Oid rows_type, Datum marks, Datum from, Datum to)
 {
-	const Oid	types[] = {BOOLOID, BOOLOID, TEXTOID, TEXTOID, rows_type, rows_type};
+	const Oid	types[] = {BOOLOID, TIDARRAYOID, TEXTOID, TEXTOID, rows_type, rows_type};
 	Datum		values[] = {
 		BoolGetDatum(order->add),
-		BoolGetDatum(order->any_stuck),
+		marks,
 		CStringGetTextDatum(unpack_sql_state(order->reason->sqlstate)),
 		CStringGetTextDatum(order->reason->message),
 		from,
@@ -545,7 +579,7 @@ run_fold(const SetOrder *order, Oid rows_type, Datum from, Datum to)
 static void
 plan_sets(SetOrder *order, const char *format)
 {
-	static const Oid types[] = {BOOLOID, BOOLOID, TEXTOID, TEXTOID, TIDARRAYOID, TIDARRAYOID};
+	static const Oid types[] = {BOOLOID, TIDARRAYOID, TEXTOID, TEXTOID, TIDARRAYOID, TIDARRAYOID};
 	Datum		none[lengthof(types)] = {0};
 
 	order->sql = table_statement(format);
@@ -605,8 +639,10 @@ set_overflow(const CountedTables *tables, WorkerError *error)
  */
 
 /*
- * List keys with their rows, by one of the two statements for that.  Returns
- * how many there are.
+ * List keys with their rows, by one of the statements for that.  Returns how
+ * many there are.
+ *
+ *		any_stuck	does that read stuck?
  */
 static int
 list_keys(const char *format, bool any_stuck, Position from, Position to,
@@ -619,10 +655,15 @@ list_keys(const char *format, bool any_stuck, Position from, Position to,
 		position_tid(from, &bounds[0]),
 		position_tid(to, &bounds[1])
 	};
+	TimestampTz start = GetCurrentTimestamp();
 	TupleDesc	desc;
 
+	stuck_is_read = any_stuck;
 	table_run(table_statement(format), NULL,
 			  table_params(lengthof(types), types, values), SPI_OK_SELECT);
+	if (any_stuck)
+		stuck_read_ms += (GetCurrentTimestamp() - start) / 1000;
+	stuck_is_read = false;
 	desc = SPI_tuptable->tupdesc;
 	*keys = palloc0(sizeof(ListedKey) * Max(SPI_processed, 1));
 	for (uint64 i = 0; i < SPI_processed; i++)
@@ -635,16 +676,24 @@ list_keys(const char *format, bool any_stuck, Position from, Position to,
 		/* Elements of an array stand one behind the other. */
 		key->rows = (ItemPointerData *) ARR_DATA_PTR(rows);
 		key->nrows = ArrayGetNItems(ARR_NDIM(rows), ARR_DIMS(rows));
-		key->marked = DatumGetBool(SPI_getbinval(tuple, desc, 2, &isnull));
-		key->skipped = isnull;
+		key->mark = SPI_getbinval(tuple, desc, 2, &isnull);
 		key->why = SPI_getvalue(tuple, desc, 3);
+		key->skipped = DatumGetBool(SPI_getbinval(tuple, desc, 4, &isnull));
 	}
 	return SPI_processed;
 }
 
+static Datum
+tid_array(Datum *tids, int ntids)
+{
+	return PointerGetDatum(construct_array(tids, ntids, TIDOID,
+										   sizeof(ItemPointerData), false,
+										   TYPALIGN_SHORT));
+}
+
 /* All rows of these keys, as an array. */
 static Datum
-tid_array(const ListedKey *keys, int nkeys)
+rows_of(const ListedKey *keys, int nkeys)
 {
 	int			nrows = 0;
 	Datum	   *rows;
@@ -656,9 +705,20 @@ tid_array(const ListedKey *keys, int nkeys)
 	for (int i = 0; i < nkeys; i++)
 		for (int j = 0; j < keys[i].nrows; j++)
 			rows[nrows++] = PointerGetDatum(&keys[i].rows[j]);
-	return PointerGetDatum(construct_array(rows, nrows, TIDOID,
-										   sizeof(ItemPointerData), false,
-										   TYPALIGN_SHORT));
+	return tid_array(rows, nrows);
+}
+
+/* The first rows that these keys have in stuck. */
+static Datum
+marks_of(const ListedKey *keys, int nkeys)
+{
+	Datum	   *marks = palloc(sizeof(Datum) * nkeys);
+	int			nmarks = 0;
+
+	for (int i = 0; i < nkeys; i++)
+		if (keys[i].mark)
+			marks[nmarks++] = keys[i].mark;
+	return tid_array(marks, nmarks);
 }
 
 /*
@@ -669,7 +729,7 @@ tid_array(const ListedKey *keys, int nkeys)
  * there were: then all is as well as undone.
  */
 static bool
-run_order(const SetOrder *order, Oid rows_type, Datum from, Datum to,
+run_order(const SetOrder *order, Oid rows_type, Datum marks, Datum from, Datum to,
 		  ShareResult *result, WorkerError *error)
 {
 	MemoryContext caller_context = CurrentMemoryContext;
@@ -680,7 +740,7 @@ run_order(const SetOrder *order, Oid rows_type, Datum from, Datum to,
 	MemoryContextSwitchTo(caller_context);
 	PG_TRY();
 	{
-		run_fold(order, rows_type, from, to);
+		run_fold(order, rows_type, marks, from, to);
 		if (!order->from_stuck || order->rewrite ||
 			table_int64(FOLD_WRITTEN) > 0 ||
 			table_int64(FOLD_MOVED) < table_int64(FOLD_TAKEN))
@@ -718,9 +778,10 @@ static bool
 run_set(const ListedKey *keys, int nkeys, const SetOrder *order,
 		ShareResult *result, WorkerError *error)
 {
-	Datum		rows = tid_array(keys, nkeys);
+	Datum		rows = rows_of(keys, nkeys);
 
-	return run_order(order, TIDARRAYOID, rows, rows, result, error);
+	return run_order(order, TIDARRAYOID, marks_of(keys, nkeys), rows, rows,
+					 result, error);
 }
 
 /*

@@ -132,6 +132,27 @@ cmp_ok($between, '<', 1500, 'others are folded before all were tried again');
 is(worker($node, 1, 'stuck_rows'), '1500', 'which are still stuck');
 
 # ------------------------------------------------------------------------
+# More keys that are stuck than a share has the time to read, and deltas in more
+# blocks than the first shares fold: to fold less at a time would not help
+# ------------------------------------------------------------------------
+new_table($node, 2,
+	'CREATE TABLE %t (type text NOT NULL, k text NOT NULL, value bigint NOT NULL)',
+	key => 'PRIMARY KEY (k)');
+$node->safe_psql('postgres', <<'EOQ');
+INSERT INTO schema2.stuck SELECT 'delta', 'stuck ' || i, 9223372036854775807, '22003', 'bigint out of range', now()
+	FROM generate_series(1, 750000) AS i, generate_series(1, 2);
+INSERT INTO schema2.counted SELECT repeat('x', 900), 'good ' || i, 1 FROM generate_series(1, 40000) AS i;
+SELECT worker_spi_fold(2, wait => false);
+EOQ
+$node->poll_query_until('postgres', 'SELECT NOT EXISTS (SELECT FROM ONLY schema2.counted)')
+  or die 'the deltas are not folded';
+cmp_ok($node->safe_psql('postgres', 'SELECT count(DISTINCT xmin::text) FROM schema2.total'),
+	'<=', 20, 'they are folded in some shares');
+$node->safe_psql('postgres', 'SELECT worker_spi_stop(2)');
+new_table($node, 2, q(CREATE TABLE %t (type text NOT NULL DEFAULT 'delta', value bigint NOT NULL)));
+$node->safe_psql('postgres', 'SELECT worker_spi_launch(2)');
+
+# ------------------------------------------------------------------------
 # Whatever runs in a fold
 # ------------------------------------------------------------------------
 # It would sleep until somebody cancels it, twice, if the share is large.

@@ -94,14 +94,14 @@ foreach my $type ('bigint', 'integer')
 # Three ways to fold
 # ------------------------------------------------------------------------
 
-# Which way a share took is in the statement that deletes its deltas; what was
-# rolled back leaves no trace.
+# Which way a share took, as long as nothing is stuck, is in the statement that
+# deletes its deltas; what was rolled back leaves no trace.
 sql(<<'EOC');
 CREATE TABLE ways (way text);
 CREATE FUNCTION note_way() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
 	INSERT INTO public.ways
-		SELECT CASE WHEN query LIKE 'DELETE %' THEN 'fast' WHEN query LIKE '%ctid = ANY%' THEN 'careful' ELSE 'safe' END
+		SELECT CASE WHEN query LIKE 'DELETE %' THEN 'fast' WHEN query LIKE '%ctid = ANY ($5)%' THEN 'careful' ELSE 'safe' END
 		FROM pg_catalog.pg_stat_activity WHERE pid = pg_catalog.pg_backend_pid();
 	RETURN NULL;
 END $$;
@@ -156,7 +156,7 @@ error_is($node, 'postgres', $fold, '23514', qr/"good"/, 'a key is stuck');
 is(sql('SELECT DISTINCT way FROM ways'), 'careful', 'which is found out carefully');
 sql("$insert TRUNCATE ways");
 error_is($node, 'postgres', $fold, '23514', qr/"good"/, 'the safe way');
-is(sql('SELECT DISTINCT way FROM ways'), 'safe', 'has been taken');
+is(sql('SELECT count(*) FROM ways'), '1', 'has been taken, with all keys at once');
 is(sql($differences), 0, 'all totals are right');
 
 {
