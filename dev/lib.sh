@@ -7,7 +7,7 @@
 export LANG=C.UTF-8 LC_ALL=C.UTF-8
 
 # How long a test waits for what should happen at once.
-export PG_TEST_TIMEOUT_DEFAULT=${PG_TEST_TIMEOUT_DEFAULT:-180}
+export PG_TEST_TIMEOUT_DEFAULT=${PG_TEST_TIMEOUT_DEFAULT:-600}
 
 top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 

@@ -306,16 +306,28 @@ pass('it works as soon as the database is created');
 
 # ------------------------------------------------------------------------
 # A worker that is stopped between two of its processes: the server starts one
-# more for it, which must leave alone who has its slot by then.
+# more for it, which must leave alone who has its slot by then.  The server does
+# nothing while its first process is held.
 # ------------------------------------------------------------------------
-my $pid = worker($node, 1, 'pid');
-$node->safe_psql('postgres', "SELECT pg_terminate_backend($pid)");
-$node->poll_query_until('postgres',
-	'SELECT pid IS NULL FROM worker_spi_workers WHERE index = 1')
-  or die 'worker 1 has not ended';
-is($node->safe_psql('postgres', "SELECT worker_spi_stop(1, $later)"),
-	't', 'a worker is stopped while it has no process');
-$pid = $node->safe_psql('postgres', 'SELECT worker_spi_launch(8)');
+my $session = $node->background_psql('postgres');
+my ($postmaster) = slurp_file($node->data_dir . '/postmaster.pid') =~ /^(\d+)/;
+kill('STOP', $postmaster);
+my $stopped = eval {
+	$session->query_safe(<<EOQ);
+SELECT pg_terminate_backend(pid) FROM worker_spi_workers WHERE index = 1;
+DO \$\$
+BEGIN
+	WHILE EXISTS (SELECT FROM worker_spi_workers WHERE index = 1 AND pid IS NOT NULL) LOOP
+		PERFORM pg_sleep(0.01);
+	END LOOP;
+END \$\$;
+SELECT worker_spi_stop(1, $later)
+EOQ
+};
+kill('CONT', $postmaster);
+is($stopped, "t\nt", 'a worker is stopped while it has no process');
+$session->quit;
+my $pid = $node->safe_psql('postgres', 'SELECT worker_spi_launch(8)');
 
 # All slots can be taken as soon as that last process has come and gone.
 $node->safe_psql('postgres', 'SELECT worker_spi_launch(i) FROM generate_series(9, 10) AS i');

@@ -189,10 +189,10 @@ EOQ
 );
 is( $node->safe_psql(
 		'postgres',
-		"SELECT count(*) FILTER (WHERE outcome = 'launched') >= 100, count(*) FILTER (WHERE outcome = 'duplicate') > 0 FROM outcomes"
+		"SELECT count(*) FILTER (WHERE outcome = 'launched') > 0 FROM outcomes"
 	),
-	't|t',
-	'many were launched, and some were there already');
+	't',
+	'and there were workers to launch and to stop');
 is( $node->safe_psql(
 		'postgres', "SELECT count(*) FROM worker_spi_workers WHERE kind = 'dynamic'"),
 	'0',

@@ -102,26 +102,43 @@ foreach my $index (1 .. 3)
 }
 
 # ------------------------------------------------------------------------
-# A connection that takes its time has a lock on the database, and a command
-# that will be denied queues behind it.
+# A connection that takes its time has a lock on the database, and a command that
+# will be denied queues behind it.  It takes its time over a table that is locked,
+# as any other connection would, so sessions that are there do all until then.
 # ------------------------------------------------------------------------
-{
-	local $ENV{PGOPTIONS} = '-c post_auth_delay=4';
-	push @sessions, start_psql($node, 'busy', 'slow', 'SELECT 1', @as_nobody);
-}
-# It has no database to show before it has been let in.
-$node->poll_query_until('postgres', <<'EOC') or die 'no connection has its lock';
-SELECT count(*) > 0 FROM pg_locks
-WHERE classid = 'pg_database'::regclass AND granted AND mode = 'RowExclusiveLock'
-	AND pid NOT IN (SELECT pid FROM pg_stat_activity WHERE datname IS NOT NULL)
-EOC
+my $holder = $node->background_psql('postgres');
+$holder->query_safe('SELECT pg_advisory_lock(1)');
 my $rename = start_psql($node, 'postgres', 'queued',
-	'ALTER DATABASE busy RENAME TO taken', @as_nobody);
-$node->poll_query_until('postgres', <<'EOC') or die 'nobody waits';
-SELECT count(*) > 0 FROM pg_stat_activity
-WHERE query LIKE 'ALTER DATABASE busy RENAME%' AND wait_event_type = 'Lock'
+	'ALTER DATABASE busy RENAME TO taken',
+	@as_nobody, '-c', 'SELECT pg_advisory_lock_shared(1)');
+wait_for_psql($rename);
+my $rename_pid = $node->safe_psql('postgres',
+	"SELECT pid FROM pg_stat_activity WHERE application_name = 'queued'");
+
+# Wait until somebody waits for such a lock.
+sub wait_for_lock
+{
+	my ($condition) = @_;
+	$holder->query_safe(<<EOC);
+DO \$\$
+BEGIN
+	WHILE NOT EXISTS (SELECT FROM pg_locks WHERE NOT granted AND $condition) LOOP
+		PERFORM pg_sleep(0.01);
+	END LOOP;
+END \$\$
 EOC
-folds($node, 1, 'a worker folds while a command waits', 'busy');
+	return;
+}
+$holder->query_safe('BEGIN; LOCK TABLE pg_db_role_setting');
+my $slow = start_psql($node, 'busy', 'slow', 'SELECT 1', @as_nobody);
+wait_for_lock("relation = 'pg_db_role_setting'::regclass");
+$holder->query_safe('SELECT pg_advisory_unlock(1)');
+wait_for_lock("classid = 'pg_database'::regclass AND pid = $rename_pid");
+is($holder->query_safe("SELECT worker_spi_fold(1, $busy)"),
+	't', 'a worker folds while a command waits');
+$holder->query_safe('COMMIT');
+$holder->quit;
+ok((finish_psql($slow))[2], 'the connection is made');
 like((finish_psql($rename))[1], qr/must be owner of database/,
 	'a command waits, and is denied');
 is(pids(), $pids, 'which moves no worker');

@@ -277,7 +277,7 @@ $node->safe_psql('postgres', 'UPDATE control SET updating = true, folding = true
 $folder = start_psql($node, 'postgres', 'fold', 'CALL fold_all(true)');
 $folds = worker($node, 1, 'fold_count + failed_count');
 $node->poll_query_until('postgres',
-	"SELECT fold_count + failed_count > $folds + 20 FROM worker_spi_workers WHERE index = 1")
+	"SELECT fold_count + failed_count > $folds + 5 FROM worker_spi_workers WHERE index = 1")
   or die 'the worker does not fold';
 wait_for_rows('update', 500);
 stop_clients('updating', 'a client that updates several totals never fails', @updaters);

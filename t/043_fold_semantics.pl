@@ -302,10 +302,13 @@ sub disturb
 		0,
 		sub {
 			my ($gate) = @_;
-			my $disturbing = start_psql($node, 'postgres', 'disturbing', $sql);
 
+			# It waits for the share; or, if that was given up meanwhile, it is done.
+			$gate->query_safe('SELECT pg_advisory_lock(43)');
+			my $disturbing = start_psql($node, 'postgres', 'disturbing',
+				'SELECT pg_advisory_lock(43)', '-c', $sql);
 			wait_for_psql($disturbing);
-			$gate->query_safe('SELECT pg_advisory_unlock(42)');
+			$gate->query_safe('SELECT pg_advisory_unlock_all()');
 			(undef, my $err, my $done) = finish_psql($disturbing);
 			ok($done, "done between two shares: $sql") or diag($err);
 		});

@@ -444,6 +444,16 @@ use parent -norequire, 'PostgreSQL::Test::Cluster';
 
 use Time::HiRes qw(time usleep);
 
+# A session that lasts, in which each query has its time, and not all together.
+sub background_psql
+{
+	my ($self, @arguments) = @_;
+	my $session = $self->SUPER::background_psql(@arguments);
+
+	$session->set_query_timer_restart;
+	return $session;
+}
+
 # Wait until $sql returns $expected, by default 't'; returns false if it does not
 # in time.  Errors, of the connection too, mean that it does not yet.
 sub poll_query_until
