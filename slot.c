@@ -116,7 +116,7 @@ typedef struct WorkerSlot
 
 typedef struct SharedSlots
 {
-	LWLock	   *lock;			/* guards all that follows, but for atomics */
+	LWLock	   *lock;			/* guards all that follows */
 	uint64		last_generation;	/* of the newest registration */
 	uint64		changes;		/* counts whatever find_slot() may notice */
 	int			nslots;
@@ -601,7 +601,7 @@ leave_slot(WorkerSlot *slot)
 }
 
 /* -------------------------------------------------------------------------
- * For backends: asking, stopping, waking
+ * For backends: asking and stopping
  * -------------------------------------------------------------------------
  */
 
@@ -725,6 +725,11 @@ slot_wait_stopped(const SlotRef *ref)
 }
 
 /* only counters: begin */
+
+/* -------------------------------------------------------------------------
+ * For backends: waking
+ * -------------------------------------------------------------------------
+ */
 
 /*
  * Have a worker, if it is there and not this process, run a cycle soon.  Called

@@ -348,7 +348,7 @@ pin_settings(void)
 	static const char *const pinned[][2] = {
 		/* a name in a statement or trigger means what it says */
 		{"search_path", "pg_catalog, pg_temp"},
-		/* a row that a policy hides would be lost: fail instead */
+		/* a row that row security hides would be lost: fail instead */
 		{"row_security", "off"},
 		/* a transaction does not wait for one that it could be confused by */
 		{"default_transaction_deferrable", "off"},

@@ -328,15 +328,16 @@ extern void slot_forget(const WorkerParams *params);
  * settings again or to give way, so a share is not to take long.
  *
  * job_init(index) is called once in the life of a process, outside a
- * transaction, and prepares for the work of worker number index.  It returns a
- * name for that, for the log, which is to last.
+ * transaction, and prepares for the work of worker number index.  It returns
+ * the name, in memory that lasts, of the table that the log is to name.
  *
  * job_step(progress) does a share.  The transaction is begun, SPI is connected,
  * and there is no snapshot yet; the caller commits.  Isolation level and
  * synchronous_commit are the job's to set.  The memory context that is current
  * lasts until then.  Returns whether there is more to do.  Of progress, which
  * is zeroed before each step, the first two say something to the job, and the
- * rest is for it to say:
+ * rest is for it to say; of again_ms and pending_error, what the last step of a
+ * cycle says counts:
  *
  *		may_make		what the job works on may be made, if it is missing
  *		asked			somebody waits for this cycle: try again now what was
@@ -356,8 +357,8 @@ extern void slot_forget(const WorkerParams *params);
  * variables.
  *
  * job_failed(error) is called when a share was rolled back over an error, with
- * interrupts held.  True: go on with the cycle; the error is nobody's but the
- * job's to tell of.  False: the cycle has failed, and the next step begins
+ * interrupts held.  True: go on with the cycle; if anybody tells of the error,
+ * it is the job.  False: the cycle has failed, and the next step begins
  * another.  It is not called where the worker was told to stop, nor for an
  * error that came between two shares: that ends no cycle.
  */

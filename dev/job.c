@@ -51,7 +51,7 @@
 /* An item of the list.  What it points to lasts as long as the share. */
 typedef struct JobItem
 {
-	int64		key;			/* tells items apart, in ascending order; here
+	int64		key;			/* unique; items are done in its order; here
 								 * the OID of the policy's table */
 	char		name[ERROR_TEXT_SIZE];	/* for the log */
 	const char *age_column;
@@ -67,6 +67,7 @@ typedef struct LeftOut
 	WorkerError error;			/* why */
 	int			failures;		/* in a row */
 	TimestampTz due;			/* when to try it again */
+	TimestampTz met;			/* the last cycle that found it in the list */
 } LeftOut;
 
 static char schema[NAMEDATALEN];	/* in which the list is */
@@ -80,6 +81,7 @@ static bool in_cycle = false;
 static TimestampTz cycle_start;
 static int64 done_until;		/* all items up to this one are done */
 static int	lost_races = 0;		/* in a row */
+static int64 failed_at = PG_INT64_MIN;	/* the item at which a cycle failed */
 static List *left_out = NIL;	/* of LeftOut, the oldest first */
 
 /* The share under way. */
@@ -130,7 +132,7 @@ job_step(JobProgress *progress)
 	{
 		in_cycle = true;
 		cycle_start = now;
-		done_until = 0;
+		done_until = PG_INT64_MIN;
 	}
 
 	/*
@@ -147,6 +149,8 @@ job_step(JobProgress *progress)
 	{
 		/* A clock that is set back must not make it wait longer. */
 		left = find_left_out(item.key);
+		if (left)
+			left->met = cycle_start;
 		share = left && !progress->asked && now < left->due &&
 			left->due - now <= MAX_RETRY_MS * INT64CONST(1000) ?
 			SHARE_SKIPS : SHARE_WORKS;
@@ -166,7 +170,9 @@ job_committed(void)
 	ListCell   *lc;
 
 	lost_races = 0;
-	if (share == SHARE_WORKS && left)
+	if (share == SHARE_WORKS && !more && failed_at == item.key)
+		failed_at = PG_INT64_MIN;
+	if (share == SHARE_WORKS && !more && left)
 	{
 		left_out = list_delete_ptr(left_out, left);
 		pfree(left);
@@ -181,12 +187,12 @@ job_committed(void)
 		return;
 	}
 
-	/* What was due by now and has not been met again is not in the list. */
+	/* What has not been met is no longer in the list. */
 	in_cycle = false;
 	foreach(lc, left_out)
 	{
 		left = lfirst(lc);
-		if (left->due <= cycle_start)
+		if (left->met != cycle_start)
 		{
 			left_out = foreach_delete_current(left_out, lc);
 			pfree(left);
@@ -207,12 +213,20 @@ job_failed(const WorkerError *error)
 		return true;
 	lost_races = 0;
 
-	/* Is it the fault of no item?  Such as: read-only, disk full, canceled. */
-	if (share != SHARE_WORKS || category == ERRCODE_INVALID_TRANSACTION_STATE ||
-		category == ERRCODE_INSUFFICIENT_RESOURCES ||
-		category == ERRCODE_OPERATOR_INTERVENTION)
+	/*
+	 * Is it the fault of no item?  Such as: read-only, disk full, canceled.
+	 * But code of a table can raise these as well, so an item at which two
+	 * cycles fail in a row is not to stop the others.
+	 */
+	if (share != SHARE_WORKS ||
+		((category == ERRCODE_INVALID_TRANSACTION_STATE ||
+		  category == ERRCODE_INSUFFICIENT_RESOURCES ||
+		  category == ERRCODE_OPERATOR_INTERVENTION) &&
+		 failed_at != item.key))
 	{
 		in_cycle = false;
+		if (share == SHARE_WORKS)
+			failed_at = item.key;
 		return false;
 	}
 
@@ -223,12 +237,14 @@ job_failed(const WorkerError *error)
 
 		left = palloc0(sizeof(LeftOut));
 		left->key = item.key;
+		left->met = cycle_start;
 		left_out = lappend(left_out, left);
 		MemoryContextSwitchTo(caller_context);
 		ereport(LOG,
 				(errmsg("%s leaves out %s: %s (SQLSTATE %s)",
 						MyBgworkerEntry->bgw_name, item.name, error->message,
-						unpack_sql_state(error->sqlstate))));
+						unpack_sql_state(error->sqlstate)),
+				 error->detail[0] ? errdetail_internal("%s", error->detail) : 0));
 	}
 	left->error = *error;
 	left->due = TimestampTzPlusMilliseconds(GetCurrentTimestamp(),
@@ -263,7 +279,7 @@ report_left_out(JobProgress *progress)
 		LeftOut    *left = lfirst(lc);
 		int			delay = Max(TimestampDifferenceMilliseconds(now, left->due), 1);
 
-		if (share == SHARE_FINDS_NONE && left->due <= cycle_start)
+		if (share == SHARE_FINDS_NONE && left->met != cycle_start)
 			continue;			/* job_committed() will forget it */
 		if (progress->rows_left++ == 0)
 			progress->pending_error = left->error;
@@ -278,7 +294,8 @@ report_left_out(JobProgress *progress)
  */
 
 /*
- * Read the next item.  Returns false if there is none.
+ * Read the next item.  Returns false if there is none.  An error here stops all
+ * items; so what may be wrong with one is for do_item() to find out.
  *
  * A lock keeps a table what it is until the transaction ends: its kind, owner,
  * columns and rules.  A snapshot must come after the lock, or it would miss

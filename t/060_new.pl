@@ -28,7 +28,8 @@ my $folder = PostgreSQL::Test::Utils::tempdir() . '/purge';
 
 command_fails([ 'dev/new', 'Purge!', $folder ],
 	'a name that no extension can have is refused');
-command_fails([ 'dev/new', 'worker_spi', $folder ], 'so is our own');
+command_fails([ 'dev/new', $_, $folder ], "so is $_, which a file has")
+  foreach qw(worker_spi slot postgres);
 ok(!-e $folder, 'and nothing is made');
 my ($said, $err);
 ok(IPC::Run::run([ 'dev/new', 'purge', $folder ], '>', \$said, '2>', \$err),
@@ -52,7 +53,7 @@ is_deeply(
 
 # Words that have nothing to do in it, as a part of others too.  A latch may be
 # woken; a commit wakes nobody.
-my $forbidden = qr/worker_?spi|fold|delta|counted|total(?!_workers)|counters\s\*
+my $forbidden = qr/worker[-_ ]?spi|fold|delta|counted|total(?!_workers)|counters\s\*
 	|wake_|_wake|_woken|\bwake\b(?!\s+those)|SlotHint|sooner|purge[_.]notify/ix;
 my @leftovers;
 my $lines = 0;
@@ -379,11 +380,50 @@ is( logged(
 	'a column without an age');
 is(rows_left('app.a') . rows_left('app.c'), $all_old_gone x 2, 'the others are done');
 
-# A policy that was deleted is forgotten when it would be tried again.
+# A policy that was deleted is forgotten.
 $node->safe_psql('postgres',
 	"DELETE FROM schema5.policies WHERE tab NOT IN ('app.a'::regclass, 'app.b', 'app.c')");
-wait_for_purge(5, 'left_out = 0');
 is(run_purge(5), 't', 'what is no longer in the list is no longer left out');
+is(purge_worker(5, 'left_out'), '0', 'and so says the view');
+
+# An error that is the fault of no policy ends the cycle, the first time.  One that
+# comes again at the same policy stops no other.  What is left out is back when a
+# whole cycle has gone through it, not a batch.
+$node->safe_psql('postgres', <<'EOC');
+CREATE FUNCTION app.shut() RETURNS trigger LANGUAGE plpgsql AS
+	$$ BEGIN RAISE SQLSTATE '53100' USING MESSAGE = 'full', DETAIL = 'the disk'; END $$;
+CREATE TRIGGER shut AFTER DELETE ON app.b FOR EACH ROW
+	WHEN (old.what = 'last') EXECUTE FUNCTION app.shut();
+UPDATE schema5.policies SET batch = 100 WHERE tab = 'app.b'::regclass;
+EOC
+my $insert_last = <<'EOC';
+BEGIN;
+TRUNCATE app.b;
+INSERT INTO app.b SELECT 'old', '-infinity' FROM generate_series(1, 250);
+INSERT INTO app.b VALUES ('last', '-infinity');
+COMMIT;
+EOC
+$node->safe_psql('postgres', $insert_last);
+insert_rows('app.c');
+my $failed = purge_worker(5, 'failed_count');
+error_is($node, 'postgres', 'SELECT purge_run(5)', '53100', qr/full/,
+	'what may be the fault of no policy');
+is(purge_worker(5, "failed_count > $failed"), 't', 'ends the cycle');
+error_is($node, 'postgres', 'SELECT purge_run(5)', '53100', qr/full/,
+	'when it comes again at the same policy');
+is(purge_worker(5, 'left_out'), '1', 'that one is left out');
+is(rows_left('app.c'), $all_old_gone, 'and the next one done');
+$node->safe_psql('postgres', $insert_last);
+error_is($node, 'postgres', 'SELECT purge_run(5)', '53100', qr/full/,
+	'a batch that goes through before the one that fails');
+is(logged('leaves out app.b: full (SQLSTATE 53100)'), 1, 'is no news to the log');
+like(slurp_file($node->logfile),
+	qr/purge dynamic worker 5 leaves out app\.b: full.*\n.*DETAIL:  the disk/,
+	'which has the details');
+is(logged('no longer leaves out app.b'), 1, 'nor is the policy back');
+$node->safe_psql('postgres', 'DROP TRIGGER shut ON app.b');
+is(run_purge(5), 't', 'without the cause');
+is(logged('no longer leaves out app.b'), 2, 'it is');
 $node->safe_psql('postgres',
 	"INSERT INTO schema5.policies VALUES ('app.ageless', 'what', '1 hour')");
 error_is($node, 'postgres', 'SELECT purge_run(5)', '42883',
