@@ -347,7 +347,8 @@ stuck_move_long_keys(Position from, Position to, bool carefully,
 
 /*
  * The safe way: fold the rows of counted from one place up to, not including,
- * another, all at once; if stuck may have rows, as one set of keys.
+ * another, all at once; if stuck may have rows, as one set of keys.  Rows that
+ * are inserted while it is listed are left for the next cycle.
  *
  *		any_stuck	may stuck have rows?
  *

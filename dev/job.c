@@ -149,8 +149,6 @@ job_step(JobProgress *progress)
 	{
 		/* A clock that is set back must not make it wait longer. */
 		left = find_left_out(item.key);
-		if (left)
-			left->met = cycle_start;
 		share = left && !progress->asked && now < left->due &&
 			left->due - now <= MAX_RETRY_MS * INT64CONST(1000) ?
 			SHARE_SKIPS : SHARE_WORKS;
@@ -170,6 +168,8 @@ job_committed(void)
 	ListCell   *lc;
 
 	lost_races = 0;
+	if (share != SHARE_FINDS_NONE && left)
+		left->met = cycle_start;
 	if (share == SHARE_WORKS && !more && failed_at == item.key)
 		failed_at = PG_INT64_MIN;
 	if (share == SHARE_WORKS && !more && left)
@@ -237,7 +237,6 @@ job_failed(const WorkerError *error)
 
 		left = palloc0(sizeof(LeftOut));
 		left->key = item.key;
-		left->met = cycle_start;
 		left_out = lappend(left_out, left);
 		MemoryContextSwitchTo(caller_context);
 		ereport(LOG,
@@ -247,6 +246,7 @@ job_failed(const WorkerError *error)
 				 error->detail[0] ? errdetail_internal("%s", error->detail) : 0));
 	}
 	left->error = *error;
+	left->met = cycle_start;
 	left->due = TimestampTzPlusMilliseconds(GetCurrentTimestamp(),
 											Min(MIN_RETRY_MS << Min(left->failures, 6), MAX_RETRY_MS));
 	left->failures++;
